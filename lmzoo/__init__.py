@@ -1,0 +1,38 @@
+"""Language models in Keras 3 and TensorFlow: raw text in, a trained model out, served by TF Serving or on a phone.
+
+Names are imported when they are first used, so that `import lmzoo` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lmzoo.config import ModelConfig as ModelConfig
+    from lmzoo.data.tokenizers import Tokenizer as Tokenizer
+    from lmzoo.models.gpt import GPTConfig as GPTConfig
+    from lmzoo.models.gpt import GPTModel as GPTModel
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "ModelConfig": "lmzoo.config",
+    "GPTConfig": "lmzoo.models.gpt",
+    "GPTModel": "lmzoo.models.gpt",
+    "Tokenizer": "lmzoo.data.tokenizers",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'lmzoo' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -1,0 +1,104 @@
+"""What every architecture's configuration shares: validation, presets, and a dictionary form."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+
+def closest(name: str, known: list[str]) -> str:
+    """Ends an error about an unknown `name`: the nearest known name, and all of them."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{hint} Known: {', '.join(known)}."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a language model: frozen, validated, and equal to its dictionary form.
+
+    A subclass adds its own fields and names its published shapes in `PRESETS`.
+
+    Args:
+        vocab_size: V, number of token ids; ids run from 0 to V - 1.
+        context_length: T, the most positions that a row may have.
+
+    Raises:
+        ValueError: a field breaks its rule; the message names the field, the value and the rule.
+    """
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    vocab_size: int
+    context_length: int
+
+    def __post_init__(self) -> None:
+        self._require_positive("vocab_size", "context_length")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> Self:
+        """The published shape `name`, with fields replaced by `overrides`.
+
+        Raises:
+            ValueError: `name` is not a preset of this class, or an override is not a field of it.
+        """
+        if name not in cls.PRESETS:
+            raise ValueError(f"{cls.__name__} has no preset {name!r}.{closest(name, list(cls.PRESETS))}")
+        return cls.from_dict({**cls.PRESETS[name], **overrides})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a key is not a field, or a field without a default is missing.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in fields:
+                raise ValueError(f"{cls.__name__} has no field {key!r}.{closest(key, list(fields))}")
+        missing = [
+            name
+            for name, field in fields.items()
+            if field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+            and name not in values
+        ]
+        if missing:
+            raise ValueError(f"{cls.__name__} needs {', '.join(missing)}: these fields have no default.")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON can hold them."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again."""
+        return type(self).from_dict({**self.to_dict(), **changes})
+
+    def count_params(self) -> int:
+        """Number of trainable parameters, computed from the shape alone: nothing is allocated."""
+        raise NotImplementedError
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{type(self).__name__}.{name} is {value!r}, but must be an integer of 1 or more.")
+
+    def _require_rate(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"{type(self).__name__}.{name} is {value!r}, but must lie in [0, 1).")
+
+    def _require_token_id(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < self.vocab_size:
+                raise ValueError(
+                    f"{type(self).__name__}.{name} is {value!r}, but must be None or lie in "
+                    f"[0, vocab_size), and vocab_size is {self.vocab_size}."
+                )

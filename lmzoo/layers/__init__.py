@@ -1,0 +1,9 @@
+"""Leaf layers of language models, in `keras.ops`: they take ints and floats, never a config."""
+
+from lmzoo.layers.attention import SelfAttention as SelfAttention
+from lmzoo.layers.attention import attention_bias as attention_bias
+from lmzoo.layers.cache import KeyValueCache as KeyValueCache
+from lmzoo.layers.embeddings import TokenEmbedding as TokenEmbedding
+from lmzoo.layers.feedforward import FeedForward as FeedForward
+from lmzoo.layers.losses import token_cross_entropy as token_cross_entropy
+from lmzoo.layers.positions import LearnedPositions as LearnedPositions

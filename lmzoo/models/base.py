@@ -1,0 +1,359 @@
+"""What every language model can do: its contract with training, decoding and checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import os
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from lmzoo import checkpoints
+from lmzoo.config import ModelConfig
+from lmzoo.engine.metrics import GlobalMean, Perplexity
+from lmzoo.engine.model import ReplicatedModel
+from lmzoo.engine.optimizers import make_optimizer
+from lmzoo.generation.decode import Decoder, StreamedTokens
+from lmzoo.generation.sampling import SamplingOptions
+from lmzoo.layers import KeyValueCache, token_cross_entropy
+
+Tensor = Any
+Prompts = Any
+
+# Prompts are padded to a multiple of this, so that prompts of similar lengths share one compiled function.
+_PROMPT_MULTIPLE = 32
+
+
+class LanguageModel(ReplicatedModel):
+    """A model from token ids to logits, with its objective, its decoding step and its checkpoint layout.
+
+    A subclass says what it is in five methods: `features`, `head`, `init_cache`, `checkpoint_variables` and, on its
+    config, `from_hugging_face` / `to_hugging_face`. All weights exist when the constructor returns.
+
+    Args:
+        config: shape of the model.
+        dtype: a Keras dtype or policy: "float32", "mixed_bfloat16", "mixed_float16", or "bfloat16" for inference.
+    """
+
+    config_class: ClassVar[type[ModelConfig]]
+    checkpoint_prefix: ClassVar[str] = ""
+    checkpoint_ignored: ClassVar[str | None] = None
+
+    def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.config = config
+        self._label_smoothing = self._z_loss = 0.0
+
+    # -- What an architecture implements.
+
+    @abstractmethod
+    def features(
+        self, inputs: Any, training: bool | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor | tuple[Tensor, KeyValueCache]:
+        """Final hidden states, before the output head.
+
+        Shapes:
+            inputs: token ids [B, T] or a dict of the batch contract; returns [B, T, D] in the compute dtype, and with
+            a `cache` the updated cache too.
+        """
+
+    @abstractmethod
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """The output head: table [V, D] in the compute dtype, and a bias [V] or None."""
+
+    @abstractmethod
+    def init_cache(self, batch_size: Any, cache_length: Any) -> KeyValueCache:
+        """An empty cache for `batch_size` rows of `cache_length` tokens; either may be a scalar tensor."""
+
+    @abstractmethod
+    def checkpoint_variables(self) -> dict[str, keras.Variable]:
+        """Name in a checkpoint of the Hugging Face layout (without prefix) -> variable of the same shape."""
+
+    # -- Making one.
+
+    @classmethod
+    def from_preset(cls, name: str, *, dtype: Any = None, **overrides: Any) -> Self:
+        """A model of the published shape `name` with random weights.
+
+        Args:
+            name: a key of the config's `PRESETS`.
+            dtype: as in the constructor.
+            overrides: config fields to replace.
+
+        Raises:
+            ValueError: unknown preset or field.
+        """
+        return cls(cls.config_class.preset(name, **overrides), dtype=dtype)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str], *, dtype: Any = None, **overrides: Any) -> Self:
+        """A model with the weights of a checkpoint in the Hugging Face layout.
+
+        Args:
+            directory: holds config.json and model.safetensors, or shards with their index.
+            dtype: as in the constructor; weights are cast to its variable dtype.
+            overrides: config fields to replace that change no shape, such as a dropout rate.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, the checkpoint is of another architecture, or its tensors
+                are not those of the model; all that do not fit are named.
+        """
+        config = cls._config_from(checkpoints.read_config(directory), directory).replace(**overrides)
+        files = checkpoints.read_tensors(directory)
+        model = cls(config, dtype=dtype)
+        variables = model.checkpoint_variables()
+        shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
+        readers = checkpoints.match_tensors(
+            files, shapes, prefix=cls.checkpoint_prefix, ignored=cls.checkpoint_ignored
+        )
+        for name, variable in variables.items():
+            variable.assign(readers[name]().astype(variable.dtype))
+        return model
+
+    @classmethod
+    def _config_from(cls, values: Mapping[str, Any], directory: Any) -> Any:
+        model_type = values.get("model_type")
+        if model_type != cls.config_class.model_type:
+            raise checkpoints.CheckpointError(
+                f"{directory} holds a checkpoint of model_type {model_type!r}, but {cls.__name__} reads "
+                f"{cls.config_class.model_type!r}."
+            )
+        return cls.config_class.from_hugging_face(values)
+
+    def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> None:
+        """Writes the weights and the config in the Hugging Face layout; `from_pretrained` reads them back.
+
+        An older checkpoint in the same directory stays readable until this one is complete.
+        """
+        config = {**self.config.to_hugging_face(), "dtype": self.variable_dtype}
+        tensors = {
+            self.checkpoint_prefix + name: functools.partial(keras.ops.convert_to_numpy, variable)
+            for name, variable in self.checkpoint_variables().items()
+        }
+        checkpoints.write_checkpoint(directory, config, tensors, max_shard_bytes=max_shard_bytes)
+
+    def get_config(self) -> dict[str, Any]:
+        """Arguments of the constructor, as `.keras` files hold them."""
+        return {"config": self.config.to_dict(), "dtype": keras.dtype_policies.serialize(self.dtype_policy)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
+        """The inverse of `get_config`."""
+        return cls(cls.config_class.from_dict(config["config"]), dtype=config["dtype"])
+
+    # -- Training.
+
+    def call(self, inputs: Any, training: bool | None = None) -> Tensor:
+        """Logits [B, T, V] float32, for inputs as `features` takes them."""
+        return self.logits(self.features(inputs, training=training))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of all tokens: [..., D] -> [..., V] float32."""
+        table, bias = self.head()
+        logits = keras.ops.cast(keras.ops.matmul(hidden, keras.ops.transpose(table)), "float32")
+        return logits if bias is None else logits + keras.ops.cast(bias, "float32")
+
+    def compile(
+        self,
+        optimizer: Any = None,
+        loss: Any = None,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        """Configures training. Without arguments: the architecture's own objective, and AdamW.
+
+        Args:
+            optimizer: a Keras optimizer or its name. None is AdamW with a learning rate of 3e-4, betas 0.9 and 0.95,
+                decay of 0.1 on matrices only, and clipping to a global norm of 1.
+            loss: None for token cross-entropy without logits in memory; a Keras loss gets the logits.
+            label_smoothing: epsilon of the own objective, in [0, 1).
+            z_loss: factor of the own objective's log(Z) ** 2.
+            kwargs: as in `ReplicatedModel.compile`.
+        """
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing is {label_smoothing!r}, but must lie in [0, 1).")
+        self._label_smoothing, self._z_loss = label_smoothing, z_loss
+        if optimizer is None:
+            with self.distribute_strategy.scope():
+                optimizer = make_optimizer("adamw", 3e-4, beta_2=0.95)
+        super().compile(optimizer=optimizer, loss=loss, **kwargs)
+
+    def get_compile_config(self) -> dict[str, Any]:
+        """Arguments of `compile`, as `.keras` files hold them."""
+        config = super().get_compile_config()
+        return {**config, "label_smoothing": self._label_smoothing, "z_loss": self._z_loss} if config else config
+
+    def sum_metrics(self) -> dict[str, GlobalMean | Sequence[GlobalMean]]:
+        """Loss and perplexity always; token accuracy in evaluation."""
+        return {"loss": [GlobalMean(name="loss"), Perplexity()], "accuracy": GlobalMean(name="accuracy")}
+
+    def compute_sums(self, inputs: Any, labels: Any, weights: Any, training: bool) -> dict[str, tuple[Tensor, Tensor]]:
+        """Sums of token cross-entropy over the labels that count; see `ReplicatedModel.compute_sums`."""
+        hidden = self.features(inputs, training=training)
+        if weights is None:
+            weights = keras.ops.ones_like(labels, dtype="float32")
+        table, bias = self.head()
+        sums = token_cross_entropy(
+            hidden,
+            table,
+            labels,
+            weights,
+            bias=bias,
+            label_smoothing=self._label_smoothing,
+            z_loss=self._z_loss,
+            training=training,
+        )
+        counted = keras.ops.zeros(()) if training else sums.weight  # Accuracy is not asked for in training.
+        return {"loss": (sums.loss, sums.weight), "accuracy": (sums.correct, counted)}
+
+    # -- Decoding.
+
+    def decode_step(
+        self, token_ids: Tensor, cache: KeyValueCache, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, KeyValueCache]:
+        """Reads T more tokens a row and scores the next one: prefill with T of a prompt, decode with T = 1.
+
+        Shapes:
+            token_ids [B, T]; padding_mask [B, T] bool, True on the left part of each row; returns logits [B, V]
+            float32 at the last real token of each row, and the cache.
+        """
+        inputs = {"token_ids": token_ids}
+        if padding_mask is not None:
+            inputs["padding_mask"] = padding_mask
+        hidden, cache = self.features(inputs, training=False, cache=cache)
+        if token_ids.shape[1] == 1 or padding_mask is None:
+            last = hidden[:, -1]  # [B, D]
+        else:
+            lengths = tf.reduce_sum(tf.cast(padding_mask, tf.int32), axis=1)
+            last = tf.gather(hidden, tf.maximum(lengths - 1, 0), axis=1, batch_dims=1)  # [B, D]
+        return self.logits(last), cache
+
+    def generate(
+        self,
+        token_ids: Prompts,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: Any = None,
+        **options: Any,
+    ) -> Tensor:
+        """Continues prompts, one token at a time from a cache, in one compiled graph.
+
+        Shapes:
+            token_ids: prompts [B, T], a ragged tensor or lists of different lengths, or a dict with `token_ids` and
+            `padding_mask` (padding on either side). Returns [B, max_new_tokens] int32: new tokens only, padded after
+            the end.
+
+        Args:
+            max_new_tokens: the most new tokens a row, >= 1.
+            temperature, top_k, top_p: as in `SamplingOptions`; temperature 0 is greedy.
+            seed: int for all rows, or one a row; None draws one. A row gives the same tokens alone or in a batch.
+            options: the other fields of `SamplingOptions`: min_p, repetition_penalty, stop_sequences and so on.
+
+        Raises:
+            ValueError: an id outside the vocabulary, an empty prompt where the model has no end token to start from,
+                or a prompt that leaves no room for `max_new_tokens` in the context.
+        """
+        sampling = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, **options)
+        prompts, lengths = self.pad_prompts(token_ids, max_new_tokens)
+        return self._decoder_call(max_new_tokens, sampling)(prompts, lengths, seed)
+
+    def stream(
+        self,
+        token_ids: Prompts,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Yields the tokens of `generate` with the same arguments, one a row at a time (`StreamedTokens`)."""
+        sampling = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, **options)
+        prompts, lengths = self.pad_prompts(token_ids, max_new_tokens)
+        stream: Any = self.decoder(max_new_tokens, sampling).stream(prompts, lengths, seeds=seed)
+        return stream
+
+    def decoder(self, max_new_tokens: int, options: SamplingOptions, **kwargs: Any) -> Decoder:
+        """The decoding loop of this model, to be called inside a graph of one's own."""
+        eos_token_id = self.config.eos_token_id
+        pad_token_id = self.config.pad_token_id
+        return Decoder(
+            self.decode_step,
+            self.init_cache,
+            max_new_tokens=max_new_tokens,
+            options=options,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id if pad_token_id is not None else eos_token_id or 0,
+            **kwargs,
+        )
+
+    def pad_prompts(self, token_ids: Prompts, max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts of any form as rows padded on the right [B, P], and their lengths [B]; checks that they fit."""
+        rows = _prompt_rows(token_ids)
+        start = self.config.eos_token_id
+        if start is None and any(len(row) == 0 for row in rows):
+            raise ValueError("a prompt is empty, and this model has no eos_token_id to start from: give it a token.")
+        rows = [row if len(row) else np.array([start], np.int32) for row in rows]
+        lengths = np.array([len(row) for row in rows], np.int32)
+        longest, context = int(lengths.max(initial=1)), self.config.context_length
+        if longest + max_new_tokens > context:
+            raise ValueError(
+                f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, but together they "
+                f"may be {context} at most (context_length). Shorten the prompt or ask for fewer tokens."
+            )
+        width = min(-(-longest // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE, context - max_new_tokens)
+        padded = np.zeros((len(rows), width), np.int32)
+        for place, row in enumerate(rows):
+            padded[place, : len(row)] = row
+        vocab_size = self.config.vocab_size
+        if padded.size and not 0 <= padded.min() <= padded.max() < vocab_size:
+            raise ValueError(f"token ids must lie in [0, {vocab_size}), but run from {padded.min()} to {padded.max()}.")
+        return padded, lengths
+
+    def _decoder_call(self, max_new_tokens: int, options: SamplingOptions) -> Any:
+        """The compiled loop for these settings; the last few are kept."""
+        kept = self.__dict__.setdefault("_decoder_calls", {})
+        key = (max_new_tokens, options)
+        if key not in kept:
+            decoder = self.decoder(max_new_tokens, options)
+
+            def run(prompts: Tensor, lengths: Tensor, seed: Tensor | None) -> Tensor:
+                return decoder(prompts, lengths, seeds=seed).token_ids
+
+            kept[key] = tf.function(run, autograph=False, reduce_retracing=True)
+            if len(kept) > 8:
+                kept.pop(next(iter(kept)))
+
+        def call(prompts: np.ndarray, lengths: np.ndarray, seed: Any) -> Tensor:
+            seeds = None if seed is None else tf.cast(seed, tf.int64)
+            return kept[key](tf.constant(prompts), tf.constant(lengths), seeds)
+
+        return call
+
+
+def _prompt_rows(token_ids: Prompts) -> list[np.ndarray]:
+    """The real tokens of each prompt."""
+    mask = None
+    if isinstance(token_ids, Mapping):
+        mask = token_ids.get("padding_mask")
+        token_ids = token_ids["token_ids"]
+    if isinstance(token_ids, tf.RaggedTensor):
+        token_ids = token_ids.to_list()
+    rows = [np.asarray(row, np.int32) for row in (token_ids if isinstance(token_ids, list) else np.asarray(token_ids))]
+    for row in rows:
+        if row.ndim != 1:
+            raise ValueError(f"prompts must be rows of token ids [B, T], but one has the shape {row.shape}.")
+    if mask is not None:
+        rows = [row[np.asarray(keep, bool)] for row, keep in zip(rows, np.asarray(mask), strict=True)]
+    return rows
+
+
+__all__ = ["LanguageModel", "StreamedTokens"]

@@ -1,0 +1,382 @@
+"""GPT-2: a decoder-only transformer with learned positions and pre-normalisation.
+
+Reference:
+    Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3, and the released code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import keras
+from keras import ops
+
+from lmzoo.config import ModelConfig
+from lmzoo.layers import (
+    FeedForward,
+    KeyValueCache,
+    LearnedPositions,
+    SelfAttention,
+    TokenEmbedding,
+    attention_bias,
+)
+from lmzoo.layers.positions import token_positions
+from lmzoo.models.base import LanguageModel
+
+Tensor = Any
+
+# Names of GPT-2's published activations in config.json, and in Keras.
+_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPTConfig(ModelConfig):
+    """Shape of a GPT.
+
+    Args:
+        num_layers: number of blocks.
+        num_heads: N, which must divide `model_dim`.
+        model_dim: D.
+        feedforward_dim: F; None is 4 * D.
+        dropout_rate: of embeddings, attention weights and both outputs of a block.
+        norm_epsilon: added to the variance in layer normalisation.
+        activation: "gelu_tanh" (GPT-2's), "gelu", "relu" or "silu".
+        eos_token_id: ends a document, and starts an empty prompt; None if there is none.
+        pad_token_id: fills rows after their end; None is `eos_token_id`.
+    """
+
+    model_type: ClassVar[str] = "gpt2"
+
+    vocab_size: int = 50_257
+    context_length: int = 1024
+    num_layers: int = 12
+    num_heads: int = 12
+    model_dim: int = 768
+    feedforward_dim: int | None = None
+    dropout_rate: float = 0.1
+    norm_epsilon: float = 1e-5
+    activation: str = "gelu_tanh"
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "gpt2-nano": dict(
+            vocab_size=4096, context_length=256, num_layers=4, num_heads=2, model_dim=96, dropout_rate=0.0, eos_token_id=0
+        ),
+        "gpt2-micro": dict(
+            vocab_size=8192, context_length=512, num_layers=8, num_heads=4, model_dim=256, dropout_rate=0.0, eos_token_id=0
+        ),
+        "gpt2": dict(num_layers=12, num_heads=12, model_dim=768, eos_token_id=50_256),
+        "gpt2-medium": dict(num_layers=24, num_heads=16, model_dim=1024, eos_token_id=50_256),
+        "gpt2-large": dict(num_layers=36, num_heads=20, model_dim=1280, eos_token_id=50_256),
+        "gpt2-xl": dict(num_layers=48, num_heads=25, model_dim=1600, eos_token_id=50_256),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("num_layers", "num_heads", "model_dim")
+        if self.feedforward_dim is not None:
+            self._require_positive("feedforward_dim")
+        self._require_rate("dropout_rate")
+        self._require_token_id("eos_token_id", "pad_token_id")
+        if self.model_dim % self.num_heads:
+            raise ValueError(
+                f"GPTConfig.num_heads is {self.num_heads}, but must divide model_dim, which is {self.model_dim}."
+            )
+        if self.activation not in _ACTIVATIONS.values():
+            known = sorted(set(_ACTIVATIONS.values()))
+            raise ValueError(f"GPTConfig.activation is {self.activation!r}, but must be one of {', '.join(known)}.")
+
+    @property
+    def inner_dim(self) -> int:
+        """F, the width inside the feed-forward network."""
+        return self.feedforward_dim or 4 * self.model_dim
+
+    def count_params(self) -> int:
+        """Number of parameters; the tied output head counts once."""
+        width, inner = self.model_dim, self.inner_dim
+        norm = 2 * width
+        attention = width * 3 * width + 3 * width + width * width + width
+        feedforward = width * inner + inner + inner * width + width
+        embeddings = (self.vocab_size + self.context_length) * width
+        return embeddings + self.num_layers * (2 * norm + attention + feedforward) + norm
+
+    @classmethod
+    def from_hugging_face(cls, values: Mapping[str, Any]) -> Self:
+        """The config of a GPT-2 checkpoint's config.json.
+
+        Raises:
+            ValueError: it asks for something that GPT-2's released models do not have.
+        """
+        for name, usual in (("tie_word_embeddings", True), ("scale_attn_weights", True), ("add_cross_attention", False),
+                            ("scale_attn_by_inverse_layer_idx", False)):
+            if values.get(name, usual) != usual:
+                raise ValueError(f"config.json sets {name} to {values[name]!r}; GPTModel reads {usual!r} only.")
+        activation = values.get("activation_function", "gelu_new")
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"config.json names the activation {activation!r}; known: {', '.join(_ACTIVATIONS)}.")
+        vocab_size = values.get("vocab_size", 50_257)
+        special = {name: values.get(name) for name in ("eos_token_id", "pad_token_id")}
+        return cls(
+            vocab_size=vocab_size,
+            context_length=values.get("n_positions", 1024),
+            num_layers=values.get("n_layer", 12),
+            num_heads=values.get("n_head", 12),
+            model_dim=values.get("n_embd", 768),
+            feedforward_dim=values.get("n_inner"),
+            dropout_rate=values.get("resid_pdrop", 0.1),
+            norm_epsilon=values.get("layer_norm_epsilon", 1e-5),
+            activation=_ACTIVATIONS[activation],
+            # Checkpoints of small vocabularies often keep the ids of the large one.
+            **{name: value if value is not None and value < vocab_size else None for name, value in special.items()},
+        )
+
+    def to_hugging_face(self) -> dict[str, Any]:
+        """Content of config.json, as `transformers` reads it."""
+        names = {keras_name: name for name, keras_name in reversed(_ACTIVATIONS.items())}
+        return {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": self.model_type,
+            "vocab_size": self.vocab_size,
+            "n_positions": self.context_length,
+            "n_layer": self.num_layers,
+            "n_head": self.num_heads,
+            "n_embd": self.model_dim,
+            "n_inner": self.feedforward_dim,
+            "embd_pdrop": self.dropout_rate,
+            "attn_pdrop": self.dropout_rate,
+            "resid_pdrop": self.dropout_rate,
+            "layer_norm_epsilon": self.norm_epsilon,
+            "activation_function": names[self.activation],
+            "bos_token_id": self.eos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
+        }
+
+
+class GPTBlock(keras.layers.Layer):
+    """One block: x + attention(norm(x)), then x + feedforward(norm(x)).
+
+    Shapes:
+        inputs [B, T, D], bias broadcastable to [B, N, T, S]; returns [B, T, D].
+
+    Args:
+        num_heads: N.
+        feedforward_dim: F.
+        dropout_rate: of attention weights and of both outputs.
+        norm_epsilon: added to the variance in layer normalisation.
+        activation: name of a Keras activation.
+        output_stddev: standard deviation of the initial weights of both output projections.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        feedforward_dim: int,
+        dropout_rate: float,
+        norm_epsilon: float,
+        activation: str,
+        output_stddev: float,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.arguments = dict(
+            num_heads=num_heads,
+            feedforward_dim=feedforward_dim,
+            dropout_rate=dropout_rate,
+            norm_epsilon=norm_epsilon,
+            activation=activation,
+            output_stddev=output_stddev,
+        )
+        shared = dict(
+            kernel_initializer=keras.initializers.RandomNormal(stddev=0.02),
+            output_initializer=keras.initializers.RandomNormal(stddev=output_stddev),
+            dtype=self.dtype_policy,
+        )
+        norm = dict(epsilon=norm_epsilon, dtype=self.dtype_policy)
+        self.attention_norm = keras.layers.LayerNormalization(**norm, name="attention_norm")
+        self.attention = SelfAttention(num_heads, dropout_rate=dropout_rate, **shared, name="attention")
+        self.feedforward_norm = keras.layers.LayerNormalization(**norm, name="feedforward_norm")
+        self.feedforward = FeedForward(
+            feedforward_dim,
+            activation=ops.gelu if activation == "gelu_tanh" else _exact_gelu if activation == "gelu" else activation,
+            **shared,
+            name="feedforward",
+        )
+        self.dropout = keras.layers.Dropout(dropout_rate, dtype=self.dtype_policy)
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Creates the weights for inputs [B, T, D]."""
+        for layer in (self.attention_norm, self.attention, self.feedforward_norm, self.feedforward):
+            layer.build(input_shape)
+
+    def call(
+        self,
+        inputs: Tensor,
+        bias: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        layer: int = 0,
+        training: bool | None = None,
+    ) -> tuple[Tensor, KeyValueCache | None]:
+        """Returns the outputs and the cache, which is None if it was."""
+        attended = self.attention(self.attention_norm(inputs), bias, cache=cache, layer=layer, training=training)
+        if cache is not None:
+            attended, cache = attended
+        hidden = inputs + self.dropout(attended, training=training)
+        outputs = self.feedforward(self.feedforward_norm(hidden))
+        return hidden + self.dropout(outputs, training=training), cache
+
+    def get_config(self) -> dict[str, Any]:
+        """Arguments of the constructor."""
+        return {**super().get_config(), **self.arguments}
+
+
+@keras.saving.register_keras_serializable("lmzoo")
+class GPTModel(LanguageModel):
+    """GPT-2, from token ids to logits.
+
+    Example:
+        model = GPTModel.from_preset("gpt2-nano")
+        model.compile()
+        model.fit(dataset)
+        model.generate([[1, 2, 3]], max_new_tokens=16, temperature=0.8)
+
+    Shapes:
+        inputs: token ids [B, T] int32, or a dict with `token_ids` and optionally `padding_mask`, `segment_ids` and
+        `positions`; returns logits [B, T, V] float32.
+
+    Args:
+        config: shape of the model.
+        dtype: a Keras dtype or policy.
+    """
+
+    config_class = GPTConfig
+    config: GPTConfig
+    checkpoint_prefix = "transformer."
+    # The tied head, and the causal masks that old checkpoints carry.
+    checkpoint_ignored = r"lm_head\.weight|h\.\d+\.attn\.(masked_)?bias"
+
+    def __init__(self, config: GPTConfig, **kwargs: Any) -> None:
+        super().__init__(config, **kwargs)
+        initializer = keras.initializers.RandomNormal(stddev=0.02)
+        shared = dict(embeddings_initializer=initializer, dtype=self.dtype_policy)
+        self.token_embedding = TokenEmbedding(config.vocab_size, config.model_dim, **shared, name="token_embedding")
+        self.position_embedding = LearnedPositions(
+            config.context_length, config.model_dim, **shared, name="position_embedding"
+        )
+        self.embedding_dropout = keras.layers.Dropout(config.dropout_rate, dtype=self.dtype_policy)
+        self.blocks = [
+            GPTBlock(
+                num_heads=config.num_heads,
+                feedforward_dim=config.inner_dim,
+                dropout_rate=config.dropout_rate,
+                norm_epsilon=config.norm_epsilon,
+                activation=config.activation,
+                output_stddev=0.02 / math.sqrt(2 * config.num_layers),
+                dtype=self.dtype_policy,
+                name=f"block_{number}",
+            )
+            for number in range(config.num_layers)
+        ]
+        self.final_norm = keras.layers.LayerNormalization(
+            epsilon=config.norm_epsilon, dtype=self.dtype_policy, name="final_norm"
+        )
+        self.build((None, None))
+
+    def build(self, input_shape: Any) -> None:
+        """Creates all weights; token ids of any shape will do."""
+        self.token_embedding.build()
+        self.position_embedding.build()
+        hidden_shape = (None, None, self.config.model_dim)
+        for layer in (*self.blocks, self.final_norm):
+            layer.build(hidden_shape)
+
+    def features(
+        self, inputs: Any, training: bool | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor | tuple[Tensor, KeyValueCache]:
+        """Final hidden states [B, T, D]; with a `cache`, read after what it holds, and the cache updated."""
+        batch = inputs if isinstance(inputs, Mapping) else {"token_ids": inputs}
+        token_ids = batch["token_ids"]
+        mask, segment_ids, positions = (batch.get(name) for name in ("padding_mask", "segment_ids", "positions"))
+        num_tokens = ops.shape(token_ids)[1]
+        num_before = None
+        slots = key_slots = ops.arange(num_tokens, dtype="int32")
+        if cache is not None:
+            if mask is None:
+                mask = ops.ones_like(token_ids, dtype="bool")
+            num_before = ops.sum(ops.cast(cache.mask, "int32"), axis=1)
+            slots, key_slots = slots + cache.next_slot, cache.slots
+            cache = cache.reserve(mask)
+        if positions is None:
+            positions = slots if mask is None else token_positions(mask, num_before)
+
+        hidden = self.token_embedding(token_ids) + self.position_embedding(positions)
+        hidden = self.embedding_dropout(hidden, training=training)
+        bias = attention_bias(
+            slots,
+            key_slots,
+            dtype=self.compute_dtype,
+            causal=True,
+            key_mask=mask if cache is None else cache.mask,
+            segment_ids=segment_ids,
+        )
+        for layer, block in enumerate(self.blocks):
+            hidden, cache = block(hidden, bias, cache=cache, layer=layer, training=training)
+        hidden = self.final_norm(hidden)
+        return hidden if cache is None else (hidden, cache.advance(num_tokens))
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """The token embedding's own table: the head is tied and has no bias."""
+        return self.token_embedding.head_table(), None
+
+    def compute_sums(self, inputs: Any, labels: Any, weights: Any, training: bool) -> dict[str, tuple[Tensor, Tensor]]:
+        """As the base class; without labels, each token is the label of the one before it."""
+        if labels is None:
+            batch = dict(inputs) if isinstance(inputs, Mapping) else {"token_ids": inputs}
+            labels = batch["token_ids"][:, 1:]
+            if weights is None and "padding_mask" in batch:
+                weights = ops.cast(batch["padding_mask"][:, 1:], "float32")
+            inputs = {name: value[:, :-1] for name, value in batch.items()}
+        return super().compute_sums(inputs, labels, weights, training)
+
+    def init_cache(self, batch_size: Any, cache_length: Any) -> KeyValueCache:
+        """An empty cache for `batch_size` rows of `cache_length` tokens."""
+        config = self.config
+        return KeyValueCache.empty(
+            batch_size,
+            config.num_layers,
+            config.num_heads,
+            cache_length,
+            config.model_dim // config.num_heads,
+            self.compute_dtype,
+        )
+
+    def checkpoint_variables(self) -> dict[str, keras.Variable]:
+        """GPT-2's own names; its kernels are [input, output], as Keras's are."""
+        names = {"wte.weight": self.token_embedding.embeddings, "wpe.weight": self.position_embedding.embeddings}
+        for number, block in enumerate(self.blocks):
+            parts = {
+                "ln_1": block.attention_norm,
+                "attn.c_attn": block.attention.qkv,
+                "attn.c_proj": block.attention.output_projection,
+                "ln_2": block.feedforward_norm,
+                "mlp.c_fc": block.feedforward.up,
+                "mlp.c_proj": block.feedforward.down,
+            }
+            for part, layer in parts.items():
+                names |= _weight_and_bias(f"h.{number}.{part}", layer)
+        return names | _weight_and_bias("ln_f", self.final_norm)
+
+
+def _weight_and_bias(name: str, layer: keras.layers.Layer) -> dict[str, keras.Variable]:
+    if isinstance(layer, keras.layers.LayerNormalization):
+        return {f"{name}.weight": layer.gamma, f"{name}.bias": layer.beta}
+    return {f"{name}.weight": layer.kernel, f"{name}.bias": layer.bias}
+
+
+def _exact_gelu(inputs: Tensor) -> Tensor:
+    return ops.gelu(inputs, approximate=False)
