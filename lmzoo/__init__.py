@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from lmzoo.data.tokenizers import Tokenizer as Tokenizer
     from lmzoo.models.gpt import GPTConfig as GPTConfig
     from lmzoo.models.gpt import GPTModel as GPTModel
+    from lmzoo.pipelines import TextGenerator as TextGenerator
+    from lmzoo.training import PretrainConfig as PretrainConfig
+    from lmzoo.training import evaluate as evaluate
+    from lmzoo.training import pretrain as pretrain
 
 __version__ = "0.1.0"
 
@@ -21,6 +25,10 @@ _PUBLIC = {
     "GPTConfig": "lmzoo.models.gpt",
     "GPTModel": "lmzoo.models.gpt",
     "Tokenizer": "lmzoo.data.tokenizers",
+    "TextGenerator": "lmzoo.pipelines",
+    "PretrainConfig": "lmzoo.training",
+    "evaluate": "lmzoo.training",
+    "pretrain": "lmzoo.training",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -24,18 +25,25 @@ class ModelConfig:
     Args:
         vocab_size: V, number of token ids; ids run from 0 to V - 1.
         context_length: T, the most positions that a row may have.
+        eos_token_id: ends a document, and starts an empty prompt; None if there is none.
+        pad_token_id: fills rows after their end; None is `eos_token_id`.
 
     Raises:
         ValueError: a field breaks its rule; the message names the field, the value and the rule.
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    model_type: ClassVar[str]
+    """Name of the architecture in config.json."""
 
     vocab_size: int
     context_length: int
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         self._require_positive("vocab_size", "context_length")
+        self._require_token_id("eos_token_id", "pad_token_id")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
@@ -78,27 +86,62 @@ class ModelConfig:
         """A copy with some fields changed, validated again."""
         return type(self).from_dict({**self.to_dict(), **changes})
 
+    @classmethod
+    def from_hugging_face(cls, values: Mapping[str, Any]) -> Self:
+        """The config of a checkpoint, from the content of its config.json.
+
+        Raises:
+            ValueError: it asks for what this architecture does not have, or a field breaks its rule.
+        """
+        raise NotImplementedError
+
+    def to_hugging_face(self) -> dict[str, Any]:
+        """Content of config.json, as `transformers` reads it."""
+        raise NotImplementedError
+
     def count_params(self) -> int:
         """Number of trainable parameters, computed from the shape alone: nothing is allocated."""
+        raise NotImplementedError
+
+    def training_flops_per_token(self, seq_length: int) -> float:
+        """Floating-point operations of one training step (forward and backward) for each token of a row.
+
+        Reference:
+            Chowdhery et al. 2022, "PaLM", appendix B.
+        """
         raise NotImplementedError
 
     def _require_positive(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not (_is_integer(value) and value >= 1):
                 raise ValueError(f"{type(self).__name__}.{name} is {value!r}, but must be an integer of 1 or more.")
+
+    def _require_above_zero(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not (_is_number(value) and 0.0 < value < math.inf):
+                raise ValueError(f"{type(self).__name__}.{name} is {value!r}, but must be a number above 0.")
 
     def _require_rate(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if not 0.0 <= value < 1.0:
+            if not (_is_number(value) and 0.0 <= value < 1.0):
                 raise ValueError(f"{type(self).__name__}.{name} is {value!r}, but must lie in [0, 1).")
 
     def _require_token_id(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if value is not None and not 0 <= value < self.vocab_size:
+            if value is not None and not (_is_integer(value) and 0 <= value < self.vocab_size):
                 raise ValueError(
-                    f"{type(self).__name__}.{name} is {value!r}, but must be None or lie in "
+                    f"{type(self).__name__}.{name} is {value!r}, but must be None or an integer in "
                     f"[0, vocab_size), and vocab_size is {self.vocab_size}."
                 )
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or isinstance(value, float)

@@ -3,5 +3,6 @@
 from lmzoo.checkpoints.files import CheckpointError as CheckpointError
 from lmzoo.checkpoints.files import read_config as read_config
 from lmzoo.checkpoints.files import read_tensors as read_tensors
+from lmzoo.checkpoints.files import unchanged as unchanged
 from lmzoo.checkpoints.files import write_checkpoint as write_checkpoint
 from lmzoo.checkpoints.matching import match_tensors as match_tensors

@@ -9,6 +9,8 @@ import numpy as np
 
 from lmzoo.checkpoints.files import CheckpointError, TensorFiles
 
+_FLOATING = ("F64", "F32", "F16", "BF16")
+
 
 def match_tensors(
     files: TensorFiles,
@@ -16,6 +18,7 @@ def match_tensors(
     *,
     prefix: str = "",
     ignored: str | None = None,
+    tied: Mapping[str, str] | None = None,
 ) -> dict[str, Callable[[], np.ndarray]]:
     """Finds each expected tensor, whether its name carries the prefix or not.
 
@@ -24,21 +27,35 @@ def match_tensors(
         expected: name without prefix -> shape.
         prefix: what a model with a head writes before the names of its backbone, such as "transformer.".
         ignored: regular expression of names (without prefix) that a checkpoint may hold beside the expected ones.
+        tied: name (without prefix) that a checkpoint may hold beside the expected ones -> the one it must equal.
 
     Returns:
         name without prefix -> function that reads the tensor.
 
     Raises:
-        CheckpointError: tensors are missing, unknown or of another shape; all of them are named.
+        CheckpointError: tensors are missing, unknown, of another shape or not of a floating-point type, or a tied one
+            is not equal; all of them are named.
     """
-    found = {name.removeprefix(prefix): name for name in files}
-    problems = [f"missing: {name} {list(shape)}" for name, shape in sorted(expected.items()) if name not in found]
+    tied = tied or {}
+    found: dict[str, str] = {}
+    problems = []
+    for stored in files:
+        name = stored.removeprefix(prefix)
+        if name in found:
+            problems.append(f"twice: {found[name]} and {stored}")
+        found[name] = stored
+    problems += [f"missing: {name} {list(shape)}" for name, shape in sorted(expected.items()) if name not in found]
     for name, stored in sorted(found.items()):
-        if name not in expected:
-            if ignored is None or not re.fullmatch(ignored, name):
-                problems.append(f"unknown: {stored} {list(files.shape(stored))}")
-        elif files.shape(stored) != tuple(expected[name]):
-            problems.append(f"shape: {stored} is {list(files.shape(stored))}, expected {list(expected[name])}")
+        if name in expected:
+            if files.shape(stored) != tuple(expected[name]):
+                problems.append(f"shape: {stored} is {list(files.shape(stored))}, expected {list(expected[name])}")
+            if files.dtype(stored) not in _FLOATING:
+                problems.append(f"type: {stored} is {files.dtype(stored)}, expected one of {', '.join(_FLOATING)}")
+        elif name in tied:
+            if tied[name] in found and not np.array_equal(files[stored](), files[found[tied[name]]]()):
+                problems.append(f"not tied: {stored} is not equal to {found[tied[name]]}")
+        elif ignored is None or not re.fullmatch(ignored, name):
+            problems.append(f"unknown: {stored} {list(files.shape(stored))}")
     if problems:
         raise CheckpointError(
             f"the tensors in {files.directory} are not those of the model that its config.json describes:\n  "

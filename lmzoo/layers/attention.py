@@ -36,7 +36,7 @@ def attention_bias(
     allowed = None
     if causal:
         visible = ops.expand_dims(query_slots, 1) >= ops.expand_dims(key_slots, 0)  # [T, S]
-        allowed = ops.reshape(visible, (1, 1, *visible.shape))  # [1, 1, T, S]
+        allowed = ops.expand_dims(visible, (0, 1))  # [1, 1, T, S]
     if key_mask is not None:
         visible = ops.expand_dims(ops.cast(key_mask, "bool"), (1, 2))  # [B, 1, 1, S]
         allowed = visible if allowed is None else ops.logical_and(allowed, visible)
@@ -102,7 +102,7 @@ class SelfAttention(keras.layers.Layer):
         self.output_initializer = keras.initializers.get(output_initializer)
         self.dropout = keras.layers.Dropout(dropout_rate, dtype=self.dtype_policy)
 
-    def build(self, input_shape: tuple[int | None, ...]) -> None:
+    def build(self, input_shape: tuple[Any, ...]) -> None:
         """Creates the weights for inputs [..., D]."""
         model_dim = input_shape[-1]
         if model_dim % self.num_heads:

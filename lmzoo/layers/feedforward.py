@@ -5,8 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+from keras import ops
 
 Tensor = Any
+
+
+@keras.saving.register_keras_serializable("lmzoo")
+def gelu_tanh(inputs: Tensor) -> Tensor:
+    """GELU by its tanh approximation, which Keras has no name for ("gelu" is the exact one).
+
+    Reference:
+        Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", section 2.
+    """
+    return ops.gelu(inputs, approximate=True)
 
 
 class FeedForward(keras.layers.Layer):
@@ -17,7 +28,7 @@ class FeedForward(keras.layers.Layer):
 
     Args:
         feedforward_dim: F, width between the projections.
-        activation: name of a Keras activation, or a callable.
+        activation: name of a Keras activation, "gelu_tanh", or a callable.
         kernel_initializer: of the first projection.
         output_initializer: of the second projection.
 
@@ -36,7 +47,7 @@ class FeedForward(keras.layers.Layer):
     ) -> None:
         super().__init__(**kwargs)
         self.feedforward_dim = feedforward_dim
-        self.activation = keras.activations.get(activation)
+        self.activation = gelu_tanh if activation == "gelu_tanh" else keras.activations.get(activation)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.output_initializer = keras.initializers.get(output_initializer)
 

@@ -23,7 +23,8 @@ class TokenLossSums(NamedTuple):
     Attributes:
         loss: sum of weight * loss. The only one with a gradient.
         weight: sum of weights.
-        correct: sum of the weights of tokens whose label has the highest logit; 0 in training, where nobody asks.
+        correct: sum of the weights of tokens whose label has the highest logit. In training a label that ties with
+            another token counts as well, since finding the first of them would cost a pass over all logits.
     """
 
     loss: Tensor
@@ -58,16 +59,17 @@ def token_cross_entropy(
         weights: float32, 0 where a label does not count.
         label_smoothing: epsilon in [0, 1): the target is (1 - epsilon) * label + epsilon / V.
         z_loss: factor of log(Z) ** 2, which keeps the normaliser Z near 1.
-        training: form the gradient in the forward pass, and skip `correct`.
-        chunk_tokens: tokens a chunk; None chooses by D.
+        training: form the gradient in the forward pass.
+        chunk_tokens: tokens a chunk, or more where that would make too many chunks; None chooses by D.
 
     Reference:
         Szegedy et al. 2016 (label smoothing), section 7; Chowdhery et al. 2022 (z-loss), section 5.
     """
-    vocab_size, model_dim = table.shape
+    model_dim = table.shape[-1]
     hidden = tf.reshape(hidden, (-1, model_dim))  # [K, D]
     labels = tf.reshape(tf.cast(labels, tf.int32), (-1,))  # [K]
     weights = tf.reshape(tf.cast(weights, tf.float32), (-1,))  # [K]
+    labels = tf.where(tf.equal(weights, 0.0), 0, labels)  # A look-up of -100 would fail, or worse, not fail.
     settings = _Settings(
         label_smoothing, z_loss, chunk_tokens or min(max(model_dim // 2, _MIN_CHUNK_TOKENS), _MAX_CHUNK_TOKENS)
     )
@@ -75,12 +77,12 @@ def token_cross_entropy(
     @tf.custom_gradient
     def weighted_loss(hidden: Tensor, table: Tensor, *bias: Tensor) -> Any:
         inputs = (hidden, table, bias[0] if bias else None)
-        sums = _chunked_sums(*inputs, labels, weights, settings, gradients=training, accuracy=not training)
+        sums = _chunked_sums(*inputs, labels, weights, settings, gradients=training, exact_accuracy=not training)
 
         def gradient(upstream: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
             result = sums
             if not training:
-                result = _chunked_sums(*inputs, labels, weights, settings, gradients=True, accuracy=False)
+                result = _chunked_sums(*inputs, labels, weights, settings, gradients=True, exact_accuracy=False)
             parts = zip((hidden, table, *bias), result.gradients, strict=True)
             return tuple(tf.cast(part * upstream, tensor.dtype) for tensor, part in parts)
 
@@ -111,7 +113,7 @@ def _chunked_sums(
     settings: _Settings,
     *,
     gradients: bool,
-    accuracy: bool,
+    exact_accuracy: bool,
 ) -> _Sums:
     """Runs over all tokens, C chunks of them one after the other.
 
@@ -150,14 +152,17 @@ def _chunked_sums(
             logits = logits + tf.cast(bias, tf.float32)
         probabilities = tf.nn.softmax(logits)  # [K / C, V]
         # log Z from the largest probability, which is at least 1 / V: two reductions, where exp and sum cost more.
-        log_z = tf.reduce_max(logits, axis=1) - tf.math.log(tf.reduce_max(probabilities, axis=1))  # [K / C]
-        losses = log_z - (1.0 - epsilon) * tf.gather(logits, chunk_labels, axis=1, batch_dims=1)
+        highest = tf.reduce_max(logits, axis=1)
+        log_z = highest - tf.math.log(tf.reduce_max(probabilities, axis=1))  # [K / C]
+        label_logits = tf.gather(logits, chunk_labels, axis=1, batch_dims=1)
+        losses = log_z - (1.0 - epsilon) * label_logits
         if z_loss:
             losses += z_loss * tf.square(log_z)
         loss += tf.reduce_sum(chunk_weights * losses)
-        if accuracy:
+        hits = tf.equal(label_logits, highest)
+        if exact_accuracy:
             hits = tf.equal(tf.argmax(logits, axis=1, output_type=tf.int32), chunk_labels)
-            correct += tf.reduce_sum(chunk_weights * tf.cast(hits, tf.float32))
+        correct += tf.reduce_sum(chunk_weights * tf.cast(hits, tf.float32))
         if gradients:
             factor = chunk_weights * (1.0 + 2.0 * z_loss * log_z)  # [K / C]
             label_weights = (1.0 - epsilon) * chunk_weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import keras
@@ -41,6 +41,7 @@ class LanguageModel(ReplicatedModel):
 
     config_class: ClassVar[type[ModelConfig]]
     checkpoint_prefix: ClassVar[str] = ""
+    checkpoint_tied: ClassVar[Mapping[str, str]] = {}
     checkpoint_ignored: ClassVar[str | None] = None
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
@@ -102,17 +103,29 @@ class LanguageModel(ReplicatedModel):
             CheckpointError: a file is missing or damaged, the checkpoint is of another architecture, or its tensors
                 are not those of the model; all that do not fit are named.
         """
-        config = cls._config_from(checkpoints.read_config(directory), directory).replace(**overrides)
-        files = checkpoints.read_tensors(directory)
-        model = cls(config, dtype=dtype)
-        variables = model.checkpoint_variables()
+        with checkpoints.unchanged(directory):
+            config = cls._config_from(checkpoints.read_config(directory), directory).replace(**overrides)
+            model = cls(config, dtype=dtype)
+            model.load_pretrained_weights(directory)
+        return model
+
+    def load_pretrained_weights(self, directory: str | os.PathLike[str]) -> None:
+        """Loads the weights of a checkpoint in the Hugging Face layout into this model.
+
+        Raises:
+            CheckpointError: as `from_pretrained`; no weight has been changed then.
+        """
+        variables = self.checkpoint_variables()
         shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
         readers = checkpoints.match_tensors(
-            files, shapes, prefix=cls.checkpoint_prefix, ignored=cls.checkpoint_ignored
+            checkpoints.read_tensors(directory),
+            shapes,
+            prefix=self.checkpoint_prefix,
+            ignored=self.checkpoint_ignored,
+            tied=self.checkpoint_tied,
         )
         for name, variable in variables.items():
             variable.assign(readers[name]().astype(variable.dtype))
-        return model
 
     @classmethod
     def _config_from(cls, values: Mapping[str, Any], directory: Any) -> Any:
@@ -122,7 +135,10 @@ class LanguageModel(ReplicatedModel):
                 f"{directory} holds a checkpoint of model_type {model_type!r}, but {cls.__name__} reads "
                 f"{cls.config_class.model_type!r}."
             )
-        return cls.config_class.from_hugging_face(values)
+        try:
+            return cls.config_class.from_hugging_face(values)
+        except ValueError as error:
+            raise checkpoints.CheckpointError(f"{cls.__name__} cannot be made from {directory}: {error}") from None
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> None:
         """Writes the weights and the config in the Hugging Face layout; `from_pretrained` reads them back.
@@ -138,12 +154,12 @@ class LanguageModel(ReplicatedModel):
 
     def get_config(self) -> dict[str, Any]:
         """Arguments of the constructor, as `.keras` files hold them."""
-        return {"config": self.config.to_dict(), "dtype": keras.dtype_policies.serialize(self.dtype_policy)}
+        return {**super().get_config(), "config": self.config.to_dict()}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
         """The inverse of `get_config`."""
-        return cls(cls.config_class.from_dict(config["config"]), dtype=config["dtype"])
+        return cls(**{**config, "config": cls.config_class.from_dict(config["config"])})
 
     # -- Training.
 
@@ -190,14 +206,13 @@ class LanguageModel(ReplicatedModel):
         return {**config, "label_smoothing": self._label_smoothing, "z_loss": self._z_loss} if config else config
 
     def sum_metrics(self) -> dict[str, GlobalMean | Sequence[GlobalMean]]:
-        """Loss and perplexity always; token accuracy in evaluation."""
+        """Loss, perplexity and token accuracy."""
         return {"loss": [GlobalMean(name="loss"), Perplexity()], "accuracy": GlobalMean(name="accuracy")}
 
     def compute_sums(self, inputs: Any, labels: Any, weights: Any, training: bool) -> dict[str, tuple[Tensor, Tensor]]:
         """Sums of token cross-entropy over the labels that count; see `ReplicatedModel.compute_sums`."""
         hidden = self.features(inputs, training=training)
-        if weights is None:
-            weights = keras.ops.ones_like(labels, dtype="float32")
+        weights = token_weights(weights, labels)
         table, bias = self.head()
         sums = token_cross_entropy(
             hidden,
@@ -209,8 +224,7 @@ class LanguageModel(ReplicatedModel):
             z_loss=self._z_loss,
             training=training,
         )
-        counted = keras.ops.zeros(()) if training else sums.weight  # Accuracy is not asked for in training.
-        return {"loss": (sums.loss, sums.weight), "accuracy": (sums.correct, counted)}
+        return {"loss": (sums.loss, sums.weight), "accuracy": (sums.correct, sums.weight)}
 
     # -- Decoding.
 
@@ -263,7 +277,9 @@ class LanguageModel(ReplicatedModel):
         """
         sampling = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, **options)
         prompts, lengths = self.pad_prompts(token_ids, max_new_tokens)
-        return self._decoder_call(max_new_tokens, sampling)(prompts, lengths, seed)
+        _, run = self._kept_decoder(max_new_tokens, sampling)
+        seeds = None if seed is None else tf.constant(np.asarray(seed, np.int64))
+        return run(tf.constant(prompts), tf.constant(lengths), seeds)
 
     def stream(
         self,
@@ -274,12 +290,12 @@ class LanguageModel(ReplicatedModel):
         top_p: float | None = None,
         seed: Any = None,
         **options: Any,
-    ) -> Any:
+    ) -> Iterator[StreamedTokens]:
         """Yields the tokens of `generate` with the same arguments, one a row at a time (`StreamedTokens`)."""
         sampling = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, **options)
         prompts, lengths = self.pad_prompts(token_ids, max_new_tokens)
-        stream: Any = self.decoder(max_new_tokens, sampling).stream(prompts, lengths, seeds=seed)
-        return stream
+        decoder, _ = self._kept_decoder(max_new_tokens, sampling)
+        return decoder.stream(prompts, lengths, seeds=seed)
 
     def decoder(self, max_new_tokens: int, options: SamplingOptions, **kwargs: Any) -> Decoder:
         """The decoding loop of this model, to be called inside a graph of one's own."""
@@ -297,7 +313,7 @@ class LanguageModel(ReplicatedModel):
 
     def pad_prompts(self, token_ids: Prompts, max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Prompts of any form as rows padded on the right [B, P], and their lengths [B]; checks that they fit."""
-        rows = _prompt_rows(token_ids)
+        rows = _prompt_rows(token_ids, self.config.vocab_size)
         start = self.config.eos_token_id
         if start is None and any(len(row) == 0 for row in rows):
             raise ValueError("a prompt is empty, and this model has no eos_token_id to start from: give it a token.")
@@ -313,14 +329,11 @@ class LanguageModel(ReplicatedModel):
         padded = np.zeros((len(rows), width), np.int32)
         for place, row in enumerate(rows):
             padded[place, : len(row)] = row
-        vocab_size = self.config.vocab_size
-        if padded.size and not 0 <= padded.min() <= padded.max() < vocab_size:
-            raise ValueError(f"token ids must lie in [0, {vocab_size}), but run from {padded.min()} to {padded.max()}.")
         return padded, lengths
 
-    def _decoder_call(self, max_new_tokens: int, options: SamplingOptions) -> Any:
-        """The compiled loop for these settings; the last few are kept."""
-        kept = self.__dict__.setdefault("_decoder_calls", {})
+    def _kept_decoder(self, max_new_tokens: int, options: SamplingOptions) -> tuple[Decoder, Any]:
+        """The loop for these settings and its compiled call; the last few are kept, as compiling takes seconds."""
+        kept: dict[Any, tuple[Decoder, Any]] = self.__dict__.setdefault("_kept_decoders", {})
         key = (max_new_tokens, options)
         if key not in kept:
             decoder = self.decoder(max_new_tokens, options)
@@ -328,31 +341,39 @@ class LanguageModel(ReplicatedModel):
             def run(prompts: Tensor, lengths: Tensor, seed: Tensor | None) -> Tensor:
                 return decoder(prompts, lengths, seeds=seed).token_ids
 
-            kept[key] = tf.function(run, autograph=False, reduce_retracing=True)
+            kept[key] = decoder, tf.function(run, autograph=False, reduce_retracing=True)
             if len(kept) > 8:
                 kept.pop(next(iter(kept)))
-
-        def call(prompts: np.ndarray, lengths: np.ndarray, seed: Any) -> Tensor:
-            seeds = None if seed is None else tf.cast(seed, tf.int64)
-            return kept[key](tf.constant(prompts), tf.constant(lengths), seeds)
-
-        return call
+        return kept[key]
 
 
-def _prompt_rows(token_ids: Prompts) -> list[np.ndarray]:
-    """The real tokens of each prompt."""
+def token_weights(weights: Tensor | None, labels: Tensor) -> Tensor:
+    """Weights in the shape of `labels` [B, T], float32: 1 for None, and one a row [B] counts for all its tokens."""
+    ones = keras.ops.ones_like(labels, dtype="float32")
+    if weights is None:
+        return ones
+    weights = keras.ops.cast(weights, "float32")
+    return weights if len(weights.shape) > 1 else keras.ops.expand_dims(weights, 1) * ones
+
+
+def _prompt_rows(token_ids: Prompts, vocab_size: int) -> list[np.ndarray]:
+    """The real tokens of each prompt, which must be ids of the vocabulary."""
     mask = None
     if isinstance(token_ids, Mapping):
         mask = token_ids.get("padding_mask")
         token_ids = token_ids["token_ids"]
     if isinstance(token_ids, tf.RaggedTensor):
         token_ids = token_ids.to_list()
-    rows = [np.asarray(row, np.int32) for row in (token_ids if isinstance(token_ids, list) else np.asarray(token_ids))]
-    for row in rows:
-        if row.ndim != 1:
-            raise ValueError(f"prompts must be rows of token ids [B, T], but one has the shape {row.shape}.")
+    rows = [np.asarray(row) for row in (token_ids if isinstance(token_ids, (list, tuple)) else np.asarray(token_ids))]
+    if any(row.ndim != 1 for row in rows):
+        raise ValueError("prompts must be rows of token ids [B, T]; for one prompt, give a list that holds it.")
     if mask is not None:
         rows = [row[np.asarray(keep, bool)] for row, keep in zip(rows, np.asarray(mask), strict=True)]
+    for row in rows:
+        if row.size and not np.issubdtype(row.dtype, np.integer):
+            raise ValueError(f"token ids must be integers, but a prompt is of type {row.dtype}.")
+        if row.size and not 0 <= row.min() <= row.max() < vocab_size:
+            raise ValueError(f"token ids must lie in [0, {vocab_size}), but a prompt has {row.min()} to {row.max()}.")
     return rows
 
 

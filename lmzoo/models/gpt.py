@@ -24,12 +24,28 @@ from lmzoo.layers import (
     attention_bias,
 )
 from lmzoo.layers.positions import token_positions
-from lmzoo.models.base import LanguageModel
+from lmzoo.models.base import LanguageModel, token_weights
 
 Tensor = Any
 
-# Names of GPT-2's published activations in config.json, and in Keras.
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
+# Names of activations in config.json -> in `FeedForward`; the first name of each is the one that is written.
+_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+}
+# What config.json may ask for that GPT-2's released models do not have -> what they have.
+_UNREAD_OPTIONS = {
+    "tie_word_embeddings": True,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,9 +59,7 @@ class GPTConfig(ModelConfig):
         feedforward_dim: F; None is 4 * D.
         dropout_rate: of embeddings, attention weights and both outputs of a block.
         norm_epsilon: added to the variance in layer normalisation.
-        activation: "gelu_tanh" (GPT-2's), "gelu", "relu" or "silu".
-        eos_token_id: ends a document, and starts an empty prompt; None if there is none.
-        pad_token_id: fills rows after their end; None is `eos_token_id`.
+        activation: "gelu_tanh" (GPT-2's), "gelu", "relu", "silu" or "tanh".
     """
 
     model_type: ClassVar[str] = "gpt2"
@@ -59,20 +73,30 @@ class GPTConfig(ModelConfig):
     dropout_rate: float = 0.1
     norm_epsilon: float = 1e-5
     activation: str = "gelu_tanh"
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "gpt2-nano": dict(
-            vocab_size=4096, context_length=256, num_layers=4, num_heads=2, model_dim=96, dropout_rate=0.0, eos_token_id=0
-        ),
-        "gpt2-micro": dict(
-            vocab_size=8192, context_length=512, num_layers=8, num_heads=4, model_dim=256, dropout_rate=0.0, eos_token_id=0
-        ),
-        "gpt2": dict(num_layers=12, num_heads=12, model_dim=768, eos_token_id=50_256),
-        "gpt2-medium": dict(num_layers=24, num_heads=16, model_dim=1024, eos_token_id=50_256),
-        "gpt2-large": dict(num_layers=36, num_heads=20, model_dim=1280, eos_token_id=50_256),
-        "gpt2-xl": dict(num_layers=48, num_heads=25, model_dim=1600, eos_token_id=50_256),
+        "gpt2-nano": {
+            "vocab_size": 4096,
+            "context_length": 256,
+            "num_layers": 4,
+            "num_heads": 2,
+            "model_dim": 96,
+            "dropout_rate": 0.0,
+            "eos_token_id": 0,
+        },
+        "gpt2-micro": {
+            "vocab_size": 8192,
+            "context_length": 512,
+            "num_layers": 8,
+            "num_heads": 4,
+            "model_dim": 256,
+            "dropout_rate": 0.0,
+            "eos_token_id": 0,
+        },
+        "gpt2": {"num_layers": 12, "num_heads": 12, "model_dim": 768, "eos_token_id": 50_256},
+        "gpt2-medium": {"num_layers": 24, "num_heads": 16, "model_dim": 1024, "eos_token_id": 50_256},
+        "gpt2-large": {"num_layers": 36, "num_heads": 20, "model_dim": 1280, "eos_token_id": 50_256},
+        "gpt2-xl": {"num_layers": 48, "num_heads": 25, "model_dim": 1600, "eos_token_id": 50_256},
     }
 
     def __post_init__(self) -> None:
@@ -81,7 +105,7 @@ class GPTConfig(ModelConfig):
         if self.feedforward_dim is not None:
             self._require_positive("feedforward_dim")
         self._require_rate("dropout_rate")
-        self._require_token_id("eos_token_id", "pad_token_id")
+        self._require_above_zero("norm_epsilon")
         if self.model_dim % self.num_heads:
             raise ValueError(
                 f"GPTConfig.num_heads is {self.num_heads}, but must divide model_dim, which is {self.model_dim}."
@@ -104,24 +128,31 @@ class GPTConfig(ModelConfig):
         embeddings = (self.vocab_size + self.context_length) * width
         return embeddings + self.num_layers * (2 * norm + attention + feedforward) + norm
 
+    def training_flops_per_token(self, seq_length: int) -> float:
+        """6 for each weight that multiplies a token (the table as output head), and 12 L D T for attention."""
+        multiplied = self.count_params() - self.context_length * self.model_dim
+        return 6.0 * multiplied + 12.0 * self.num_layers * self.model_dim * seq_length
+
     @classmethod
     def from_hugging_face(cls, values: Mapping[str, Any]) -> Self:
-        """The config of a GPT-2 checkpoint's config.json.
+        """The config of a GPT-2 checkpoint's config.json. Its residual dropout rate is taken for all three.
 
         Raises:
-            ValueError: it asks for something that GPT-2's released models do not have.
+            ValueError: it asks for something that GPT-2's released models do not have, all of which is named; or a
+                field breaks its rule.
         """
-        for name, usual in (("tie_word_embeddings", True), ("scale_attn_weights", True), ("add_cross_attention", False),
-                            ("scale_attn_by_inverse_layer_idx", False)):
-            if values.get(name, usual) != usual:
-                raise ValueError(f"config.json sets {name} to {values[name]!r}; GPTModel reads {usual!r} only.")
+        problems = [
+            f"{name} is {values[name]!r}, but GPTModel has only {usual!r}"
+            for name, usual in _UNREAD_OPTIONS.items()
+            if values.get(name, usual) != usual
+        ]
         activation = values.get("activation_function", "gelu_new")
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"config.json names the activation {activation!r}; known: {', '.join(_ACTIVATIONS)}.")
-        vocab_size = values.get("vocab_size", 50_257)
-        special = {name: values.get(name) for name in ("eos_token_id", "pad_token_id")}
-        return cls(
-            vocab_size=vocab_size,
+        if activation not in list(_ACTIVATIONS):
+            problems.append(f"activation_function is {activation!r}, but GPTModel has only {', '.join(_ACTIVATIONS)}")
+        if problems:
+            raise ValueError(f"{'; '.join(problems)}.")
+        config = cls(
+            vocab_size=values.get("vocab_size", 50_257),
             context_length=values.get("n_positions", 1024),
             num_layers=values.get("n_layer", 12),
             num_heads=values.get("n_head", 12),
@@ -130,9 +161,12 @@ class GPTConfig(ModelConfig):
             dropout_rate=values.get("resid_pdrop", 0.1),
             norm_epsilon=values.get("layer_norm_epsilon", 1e-5),
             activation=_ACTIVATIONS[activation],
-            # Checkpoints of small vocabularies often keep the ids of the large one.
-            **{name: value if value is not None and value < vocab_size else None for name, value in special.items()},
         )
+        special = {"eos_token_id": values.get("eos_token_id", 50_256), "pad_token_id": values.get("pad_token_id")}
+        for name, value in special.items():  # Checkpoints of small vocabularies often keep the ids of the large one.
+            if isinstance(value, int) and not 0 <= value < config.vocab_size:
+                special[name] = None
+        return config.replace(**special)
 
     def to_hugging_face(self) -> dict[str, Any]:
         """Content of config.json, as `transformers` reads it."""
@@ -168,7 +202,7 @@ class GPTBlock(keras.layers.Layer):
         feedforward_dim: F.
         dropout_rate: of attention weights and of both outputs.
         norm_epsilon: added to the variance in layer normalisation.
-        activation: name of a Keras activation.
+        activation: as in `FeedForward`.
         output_stddev: standard deviation of the initial weights of both output projections.
     """
 
@@ -184,29 +218,24 @@ class GPTBlock(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.arguments = dict(
-            num_heads=num_heads,
-            feedforward_dim=feedforward_dim,
-            dropout_rate=dropout_rate,
-            norm_epsilon=norm_epsilon,
-            activation=activation,
-            output_stddev=output_stddev,
-        )
-        shared = dict(
-            kernel_initializer=keras.initializers.RandomNormal(stddev=0.02),
-            output_initializer=keras.initializers.RandomNormal(stddev=output_stddev),
-            dtype=self.dtype_policy,
-        )
-        norm = dict(epsilon=norm_epsilon, dtype=self.dtype_policy)
+        self.arguments = {
+            "num_heads": num_heads,
+            "feedforward_dim": feedforward_dim,
+            "dropout_rate": dropout_rate,
+            "norm_epsilon": norm_epsilon,
+            "activation": activation,
+            "output_stddev": output_stddev,
+        }
+        shared = {
+            "kernel_initializer": keras.initializers.RandomNormal(stddev=0.02),
+            "output_initializer": keras.initializers.RandomNormal(stddev=output_stddev),
+            "dtype": self.dtype_policy,
+        }
+        norm = {"epsilon": norm_epsilon, "dtype": self.dtype_policy}
         self.attention_norm = keras.layers.LayerNormalization(**norm, name="attention_norm")
         self.attention = SelfAttention(num_heads, dropout_rate=dropout_rate, **shared, name="attention")
         self.feedforward_norm = keras.layers.LayerNormalization(**norm, name="feedforward_norm")
-        self.feedforward = FeedForward(
-            feedforward_dim,
-            activation=ops.gelu if activation == "gelu_tanh" else _exact_gelu if activation == "gelu" else activation,
-            **shared,
-            name="feedforward",
-        )
+        self.feedforward = FeedForward(feedforward_dim, activation=activation, **shared, name="feedforward")
         self.dropout = keras.layers.Dropout(dropout_rate, dtype=self.dtype_policy)
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
@@ -257,13 +286,14 @@ class GPTModel(LanguageModel):
     config_class = GPTConfig
     config: GPTConfig
     checkpoint_prefix = "transformer."
-    # The tied head, and the causal masks that old checkpoints carry.
-    checkpoint_ignored = r"lm_head\.weight|h\.\d+\.attn\.(masked_)?bias"
+    checkpoint_tied: ClassVar[Mapping[str, str]] = {"lm_head.weight": "wte.weight"}
+    # The causal masks that old checkpoints carry.
+    checkpoint_ignored = r"h\.\d+\.attn\.(masked_)?bias"
 
     def __init__(self, config: GPTConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
         initializer = keras.initializers.RandomNormal(stddev=0.02)
-        shared = dict(embeddings_initializer=initializer, dtype=self.dtype_policy)
+        shared = {"embeddings_initializer": initializer, "dtype": self.dtype_policy}
         self.token_embedding = TokenEmbedding(config.vocab_size, config.model_dim, **shared, name="token_embedding")
         self.position_embedding = LearnedPositions(
             config.context_length, config.model_dim, **shared, name="position_embedding"
@@ -303,6 +333,8 @@ class GPTModel(LanguageModel):
         token_ids = batch["token_ids"]
         mask, segment_ids, positions = (batch.get(name) for name in ("padding_mask", "segment_ids", "positions"))
         num_tokens = ops.shape(token_ids)[1]
+        if positions is None:
+            self._check_places(num_tokens, segment_ids, mask)
         num_before = None
         slots = key_slots = ops.arange(num_tokens, dtype="int32")
         if cache is not None:
@@ -329,17 +361,37 @@ class GPTModel(LanguageModel):
         hidden = self.final_norm(hidden)
         return hidden if cache is None else (hidden, cache.advance(num_tokens))
 
+    def _check_places(self, num_tokens: Any, segment_ids: Tensor | None, mask: Tensor | None) -> None:
+        """Refuses a batch without `positions` where a token's place in its row is not its position."""
+        context_length = self.config.context_length
+        if segment_ids is not None:
+            raise ValueError("inputs have segment_ids but no positions: give each token's place in its own document.")
+        # Padding takes no position, so padded rows may be wider than the context: streamed prompts are.
+        if mask is None and isinstance(num_tokens, int) and num_tokens > context_length:
+            raise ValueError(
+                f"rows have {num_tokens} tokens, but this model reads {context_length} at most (context_length)."
+            )
+
     def head(self) -> tuple[Tensor, Tensor | None]:
         """The token embedding's own table: the head is tied and has no bias."""
         return self.token_embedding.head_table(), None
 
     def compute_sums(self, inputs: Any, labels: Any, weights: Any, training: bool) -> dict[str, tuple[Tensor, Tensor]]:
-        """As the base class; without labels, each token is the label of the one before it."""
+        """As the base class; without labels, each token is the label of the one before it in its document.
+
+        `weights` [B, T] are those of the tokens then, as labels: the first column has no use.
+        """
         if labels is None:
-            batch = dict(inputs) if isinstance(inputs, Mapping) else {"token_ids": inputs}
+            batch = inputs if isinstance(inputs, Mapping) else {"token_ids": inputs}
             labels = batch["token_ids"][:, 1:]
-            if weights is None and "padding_mask" in batch:
-                weights = ops.cast(batch["padding_mask"][:, 1:], "float32")
+            weights = token_weights(weights, batch["token_ids"])[:, 1:]
+            mask, segment_ids = batch.get("padding_mask"), batch.get("segment_ids")
+            if mask is not None:
+                both = ops.logical_and(mask[:, :-1], mask[:, 1:])
+                weights = weights * ops.cast(both, "float32")
+            if segment_ids is not None:
+                same = ops.logical_and(segment_ids[:, 1:] > 0, segment_ids[:, 1:] == segment_ids[:, :-1])
+                weights = weights * ops.cast(same, "float32")
             inputs = {name: value[:, :-1] for name, value in batch.items()}
         return super().compute_sums(inputs, labels, weights, training)
 
@@ -376,7 +428,3 @@ def _weight_and_bias(name: str, layer: keras.layers.Layer) -> dict[str, keras.Va
     if isinstance(layer, keras.layers.LayerNormalization):
         return {f"{name}.weight": layer.gamma, f"{name}.bias": layer.beta}
     return {f"{name}.weight": layer.kernel, f"{name}.bias": layer.bias}
-
-
-def _exact_gelu(inputs: Tensor) -> Tensor:
-    return ops.gelu(inputs, approximate=False)

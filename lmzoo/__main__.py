@@ -1,0 +1,5 @@
+"""`python -m lmzoo` is the `lmzoo` command."""
+
+from lmzoo.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Training that is right on every tf.distribute strategy; knows no architecture."""

@@ -1,0 +1,129 @@
+"""How well a model predicts a corpus."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from lmzoo.data.corpus import Corpus
+from lmzoo.data.objectives import Causal
+from lmzoo.data.pipeline import Batches
+from lmzoo.data.tokenizers import Tokenizer
+from lmzoo.models import LanguageModel, load_pretrained
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a model scores on a corpus.
+
+    Args:
+        loss: mean cross-entropy, nats a token.
+        perplexity: exp(loss).
+        accuracy: share of tokens whose label has the highest logit.
+        bits_per_byte: what coding the text with the model would cost, in bits for each byte of UTF-8. It does not
+            depend on the tokenizer. The first token of each document, which nothing predicts, counts as log2(V) bits.
+            None if only a part of the corpus was evaluated.
+        num_tokens: tokens predicted.
+    """
+
+    loss: float
+    perplexity: float
+    accuracy: float
+    bits_per_byte: float | None
+    num_tokens: int
+
+
+def evaluate_model(
+    model: LanguageModel, batches: Batches, *, max_batches: int | None = None, verbose: Any = 0
+) -> Evaluation:
+    """Scores a compiled model on the batches of one pass over a corpus.
+
+    Args:
+        model: compiled without a loss of one's own.
+        batches: one epoch, not shuffled.
+        max_batches: stop after so many; None takes all.
+        verbose: of Keras's progress bar.
+    """
+    corpus = batches.corpus
+    total = batches.num_batches
+    if total is None:
+        raise ValueError("the batches never end: give Batches epochs=1 to evaluate on them.")
+    steps = total if max_batches is None else min(max_batches, total)
+    logs = model.evaluate(batches.dataset().take(steps), steps=steps, return_dict=True, verbose=verbose)
+    loss = float(logs["loss"])
+    unpredicted = corpus.num_documents if batches.objective.separate_documents else 1
+    num_tokens = corpus.num_tokens - unpredicted
+    bits_per_byte = None
+    if steps == total:
+        bits = (num_tokens * loss + unpredicted * math.log(model.config.vocab_size)) / math.log(2)
+        bits_per_byte = bits / corpus.num_bytes
+    else:
+        num_tokens = int(sum(batches.batch_at(step)[2].sum() for step in range(steps)))
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        accuracy=float(logs["accuracy"]),
+        bits_per_byte=bits_per_byte,
+        num_tokens=num_tokens,
+    )
+
+
+def evaluate(
+    model: str | os.PathLike[str],
+    corpus: str | os.PathLike[str],
+    *,
+    seq_length: int | None = None,
+    batch_size: int = 16,
+    separate_documents: bool = True,
+    max_batches: int | None = None,
+    dtype: str = "float32",
+    verbose: Any = "auto",
+) -> Evaluation:
+    """Scores a checkpoint on a prepared corpus.
+
+    Args:
+        model: directory of a checkpoint with its tokenizer, or of a run (its best checkpoint is taken).
+        corpus: directory written by `lmzoo prepare` (its validation part is taken), or one part of it.
+        seq_length: tokens a row; None is the model's context length.
+        batch_size: rows a batch.
+        separate_documents: whether attention keeps to a document, as in training by default.
+        max_batches: evaluate on so many batches only.
+        dtype: Keras dtype or policy of the computation.
+        verbose: of Keras's progress bar.
+
+    Raises:
+        FileNotFoundError, ValueError: the checkpoint or the corpus cannot be read, or they do not belong together.
+    """
+    directory = checkpoint_of(model)
+    corpus = Path(corpus)
+    part = corpus / "validation" if (corpus / "validation").is_dir() else corpus
+    opened = Corpus.open(part, Tokenizer.from_pretrained(directory))
+    loaded = load_pretrained(directory, dtype=dtype)
+    loaded.compile()
+    batches = Batches(
+        opened,
+        Causal(separate_documents=separate_documents),
+        seq_length=seq_length or loaded.config.context_length,
+        batch_size=batch_size,
+        shuffle=False,
+        epochs=1,
+    )
+    return evaluate_model(loaded, batches, max_batches=max_batches, verbose=verbose)
+
+
+def checkpoint_of(directory: str | os.PathLike[str]) -> Path:
+    """The checkpoint itself, or the best one (else the last one) of a run.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    directory = Path(directory)
+    for candidate in (directory, directory / "best", directory / "last"):
+        if (candidate / "config.json").is_file():
+            return candidate.resolve()
+    raise FileNotFoundError(
+        f"{directory} is neither a checkpoint (it has no config.json) nor a run with a checkpoint (best/ or last/)."
+    )

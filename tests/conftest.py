@@ -1,0 +1,65 @@
+"""What all rooms' tests share. Nothing here imports TensorFlow before a test asks for it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import hypothesis
+import pytest
+
+# The same examples in each run, so that a failure is the change's own; a first call that compiles takes seconds.
+hypothesis.settings.register_profile(
+    "lmzoo", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("lmzoo")
+
+TINY: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "vocab_size": 61,
+        "context_length": 24,
+        "num_layers": 2,
+        "num_heads": 2,
+        "model_dim": 16,
+        "dropout_rate": 0.0,
+        "eos_token_id": 0,
+    },
+}
+"""Architecture -> config fields of a model small enough to be made in every test. One line a new architecture."""
+
+
+@pytest.fixture(params=TINY, scope="session")
+def architecture(request: pytest.FixtureRequest) -> str:
+    """Each architecture by its name in `lmzoo.models.ARCHITECTURES`."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def make_model(architecture: str) -> Any:
+    """make_model(dtype=None, seed=0, **config fields): a tiny model whose every weight, biases included, matters."""
+    import keras
+    import numpy as np
+
+    from lmzoo.models import ARCHITECTURES
+
+    model_class = ARCHITECTURES[architecture]
+
+    def make(dtype: Any = None, seed: int = 0, name: str | None = None, **overrides: Any) -> Any:
+        keras.utils.set_random_seed(seed)
+        config = model_class.config_class.from_dict({**TINY[architecture], **overrides})
+        model = model_class(config, dtype=dtype, name=name)
+        random = np.random.default_rng(seed)
+        for variable in model.trainable_variables:
+            noise = random.normal(0.0, 0.25, variable.shape)
+            variable.assign(keras.ops.convert_to_numpy(variable).astype("float32") + noise)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model(make_model: Any) -> Any:
+    """A tiny model in float32, shared: tests read it and leave its weights as they are."""
+    return make_model()
