@@ -5,20 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import numbers
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Self, overload
 
 import numpy as np
 import tensorflow as tf
 
+from lmzoo.checkpoints.runs import checkpoint_of
 from lmzoo.data.tokenizer_training import without_surrogates
 from lmzoo.data.tokenizers import Tokenizer
 from lmzoo.export import write_saved_model
 from lmzoo.generation import SamplingOptions, StreamedTokens
-from lmzoo.models.base import LanguageModel
+from lmzoo.models import LanguageModel, load_pretrained
 
 Tensor = Any
 
@@ -61,8 +61,9 @@ class TextGenerator(tf.Module):
         top_k: draw from the k most likely tokens only; None is off.
         top_p: draw from the smallest set of tokens whose probabilities sum to this; None is off.
         stop_strings: one or several strings that end a text; they are not in it.
-        seed: of calls that give none, >= 0; None draws a new one for each text.
-        options: other fields of `SamplingOptions`, such as min_p, repetition_penalty or no_repeat_ngram_size.
+        seed: of calls and served requests that give none, >= 0; None draws a new one for each text.
+        options: other fields of `SamplingOptions`, such as min_p, repetition_penalty or no_repeat_ngram_size. (Unlike
+            a stop string, a stop sequence of token ids stays in the text and waits for `min_new_tokens`.)
 
     Raises:
         ValueError: the tokenizer has more tokens than the model or no in-graph twin, `max_new_tokens` does not fit the
@@ -89,28 +90,51 @@ class TextGenerator(tf.Module):
                 f"the tokenizer has {tokenizer.vocab_size} tokens (tokenizer.vocab_size), but the model has embeddings "
                 f"for {config.vocab_size} (config.vocab_size): take the tokenizer that the model was trained with."
             )
-        if not isinstance(max_new_tokens, numbers.Integral) or not 1 <= max_new_tokens < config.context_length:
+        if not isinstance(max_new_tokens, int) or not 1 <= max_new_tokens < config.context_length:
             raise ValueError(
                 f"max_new_tokens is {max_new_tokens!r}, but must be an integer from 1 to {config.context_length - 1}: "
                 f"prompt and new tokens share the model's context_length of {config.context_length}."
             )
-        if "stop_sequences" in options:
-            raise ValueError("a pipeline stops at strings, not at token ids: pass stop_strings.")
         self.model = model
         self.tokenizer = tokenizer
-        self.max_new_tokens = int(max_new_tokens)
+        self.max_new_tokens = max_new_tokens
         self.seed = seed
         ends = (config.eos_token_id, tokenizer.eos_token_id)
         self._end_token_ids = tuple(dict.fromkeys(token for token in ends if token is not None))
         self._stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
-        self.options = SamplingOptions(
-            temperature=temperature, top_k=top_k, top_p=top_p, stop_sequences=self._stop_sequences(), **options
-        )
+        options["stop_sequences"] = (*options.get("stop_sequences", ()), *self._stop_sequences())
+        self.options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, **options)
         self._graph_tokenizer = tokenizer.graph
         starts = (*ends, tokenizer.bos_token_id, config.pad_token_id, 0)
         self._start_token_id = next(token for token in starts if token is not None)
         self._generate = self._make_function()
         self._stream_decoder = functools.lru_cache(maxsize=8)(functools.partial(model.decoder, self.max_new_tokens))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        options: SamplingOptions | None = None,
+        dtype: Any = None,
+        **settings: Any,
+    ) -> Self:
+        """A generator around a checkpoint and the tokenizer saved with it.
+
+        Args:
+            directory: of a checkpoint, or of a training run, whose best checkpoint is taken.
+            options: all sampling options at once; None leaves them to `settings`.
+            dtype: a Keras dtype or policy of the model; None is that of Keras, float32 at first.
+            settings: as in the constructor.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint, or no tokenizer with it.
+            ValueError: one of them cannot be read, or as in the constructor.
+        """
+        directory = checkpoint_of(directory)
+        sampling = {} if options is None else dataclasses.asdict(options)
+        tokenizer = Tokenizer.from_pretrained(directory)
+        return cls(load_pretrained(directory, dtype=dtype), tokenizer, **sampling, **settings)
 
     # ---- calling
 
@@ -259,7 +283,8 @@ class TextGenerator(tf.Module):
 
     def _stop_sequences(self) -> tuple[tuple[int, ...], ...]:
         """Token ids that end a row: those of the stop strings, and an end token that only the tokenizer knows."""
-        sequences = [(token,) for token in self._end_token_ids if token != self.model.config.eos_token_id]
+        known_end = self.model.config.eos_token_id
+        sequences: list[tuple[int, ...]] = [(token,) for token in self._end_token_ids if token != known_end]
         for stop in self._stop_strings:
             if not isinstance(stop, str) or not stop:
                 raise ValueError(f"stop_strings has {stop!r}, but each must be a str of one character or more.")
@@ -305,13 +330,13 @@ class TextGenerator(tf.Module):
     def _checked(self, name: str, value: Any) -> list[Any]:
         if name == "seed":
             return _checked_seeds(value)
-        numbers_ = np.ravel(value).tolist()
-        for number in numbers_:
+        values = np.ravel(value).tolist()
+        for number in values:
             if name != "max_new_tokens":
                 dataclasses.replace(self.options, **{name: number})  # Knows the ranges.
             elif not isinstance(number, int) or not 1 <= number <= self.max_new_tokens:
                 raise ValueError(f"max_new_tokens is {number!r}, but this pipeline gives 1 to {self.max_new_tokens}.")
-        return numbers_
+        return values
 
     def _pieces(self, tokens: Iterator[StreamedTokens]) -> Iterator[str]:
         token_ids: list[int] = []

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tiny_pipeline import CONTEXT_LENGTH, PROMPTS, ScriptedModel, shared_model, tiny_model, tiny_tokenizer
 
 from lmzoo.data.tokenizers import Tokenizer
+from lmzoo.generation import SamplingOptions
 from lmzoo.pipelines import TextGenerator
 
 NEW = 12
@@ -224,7 +225,7 @@ def test_a_tokenizer_without_a_twin_is_refused():
         ({"stop_strings": ["a", ""]}, "stop_strings has '', but each must be a str of one character or more"),
         ({"stop_strings": [3]}, "stop_strings has 3"),
         ({"stop_strings": "a<|endoftext|>"}, "mixes text and special tokens"),
-        ({"stop_sequences": [[1]]}, "pass stop_strings"),
+        ({"stop_sequences": [[]]}, "each must hold one token id or more"),
         ({"temperature": -1}, "temperature=-1: must be"),
         ({"seed": -3}, "seed is -3"),
     ],
@@ -232,6 +233,32 @@ def test_a_tokenizer_without_a_twin_is_refused():
 def test_wrong_settings_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         TextGenerator(shared_model(), tiny_tokenizer(), NEW, **options)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A training run as its files are: a checkpoint with its tokenizer, and `best` that points to it."""
+    directory = tmp_path_factory.mktemp("run")
+    shared_model().save_pretrained(directory / "checkpoints" / "step-4")
+    tiny_tokenizer().save_pretrained(directory / "checkpoints" / "step-4")
+    (directory / "best").symlink_to(directory / "checkpoints" / "step-4")
+    return directory
+
+
+def test_a_checkpoint_and_a_run_are_loaded_with_their_tokenizer(run, greedy):
+    checkpoint = TextGenerator.from_pretrained(run / "best", max_new_tokens=NEW, temperature=0)
+    assert checkpoint(PROMPTS) == greedy(PROMPTS)
+    options = SamplingOptions(temperature=0, stop_sequences=[[5]])
+    assert TextGenerator.from_pretrained(str(run), options=options).options == options
+    assert TextGenerator.from_pretrained(run, dtype="bfloat16").model.compute_dtype == "bfloat16"
+
+
+def test_a_directory_without_a_checkpoint_or_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a checkpoint .* nor a run"):
+        TextGenerator.from_pretrained(tmp_path)
+    shared_model().save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=tmp_path.name):
+        TextGenerator.from_pretrained(tmp_path)
 
 
 # ---- where a text ends, and streams
@@ -326,6 +353,12 @@ def test_a_special_token_can_be_a_stop_string():
     scripted = Scripted(eos_token_id=1, stop_strings=["<|endoftext|>"])
     tail = tiny_tokenizer().encode("sat")
     scripted.check([*tail, 0, *tail], "sat")
+
+
+def test_a_stop_sequence_of_ids_stays_in_the_text():
+    ids = tiny_tokenizer().encode("the cat sat on")
+    cat = tiny_tokenizer().encode(" cat")
+    Scripted(stop_sequences=[cat]).check(ids, "the cat")
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 5, "top_p": 0.9, "max_new_tokens": 4}])

@@ -212,12 +212,15 @@ def _shards(tensors: Mapping[str, Callable[[], np.ndarray]], max_shard_bytes: in
 
 
 def _write_shard(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # As the user wants new files; the library lets nobody else read its own.
     try:
         safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
     except safetensors.SafetensorError as error:  # The library wraps the system's own error.
         raise OSError(
             f"cannot write the weights to {path.parent}: {error}. What was there before is as it was."
         ) from error
+    path.chmod(mode)
     _sync(path)
 
 

@@ -39,13 +39,12 @@ def match_tensors(
     tied = tied or {}
     found: dict[str, str] = {}
     problems = []
-    for stored in files:
-        name = stored.removeprefix(prefix)
-        if name in found:
-            problems.append(f"twice: {found[name]} and {stored}")
-        found[name] = stored
-    problems += [f"missing: {name} {list(shape)}" for name, shape in sorted(expected.items()) if name not in found]
-    for name, stored in sorted(found.items()):
+    for stored in sorted(files):
+        first = found.setdefault(stored.removeprefix(prefix), stored)
+        if first != stored:
+            problems.append(f"twice: {first} and {stored}")
+    problems += [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    for name, stored in found.items():
         if name in expected:
             if files.shape(stored) != tuple(expected[name]):
                 problems.append(f"shape: {stored} is {list(files.shape(stored))}, expected {list(expected[name])}")
@@ -59,6 +58,6 @@ def match_tensors(
     if problems:
         raise CheckpointError(
             f"the tensors in {files.directory} are not those of the model that its config.json describes:\n  "
-            + "\n  ".join(problems)
+            + "\n  ".join(sorted(problems))
         )
     return {name: files[found[name]] for name in expected}

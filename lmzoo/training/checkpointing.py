@@ -170,8 +170,7 @@ def _state_variables(model: LanguageModel) -> dict[str, Any]:
     """What a checkpoint holds beside the weights: optimizer, loss scale, random generators, and so on."""
     weights = {id(variable) for variable in model.checkpoint_variables().values()}
     others = [variable for variable in model.variables if id(variable) not in weights]
-    if model.optimizer is not None:
-        others += model.optimizer.variables
+    others += [*model.optimizer.variables, *model.training_state.values()]
     metrics = {id(variable) for metric in model.metrics for variable in metric.variables}
     others = [variable for variable in others if id(variable) not in metrics]
     # By place, and not by path: Keras numbers models through a process, so that paths differ between processes.

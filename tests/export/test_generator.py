@@ -1,4 +1,4 @@
-"""An exported generator gives the pipeline's own texts, in a process with TensorFlow only, and its graph holds core ops."""
+"""An exported generator gives the pipeline's texts in a process with TensorFlow only, and its graph holds core ops."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_a_process_with_tensorflow_alone_gives_the_same(paths, greedy, sampler, 
         inputs = {"seed": [11], "max_new_tokens": [NEW], "temperature": [0.9], "top_k": [40], "top_p": [0.9]}
         return {"text": PROMPTS, **inputs, **changes}
 
-    half = {dtype: generator_of(tiny_model(dtype)) for dtype in ("bfloat16", "mixed_bfloat16", "mixed_float16")}
+    half = {dtype: generator_of(tiny_model(dtype)) for dtype in ("bfloat16", "mixed_bfloat16")}
     half_paths = {dtype: generator.export(tmp_path / dtype) for dtype, generator in half.items()}
     requests = [
         (paths["greedy"], "serving_default", {"text": PROMPTS}),
@@ -76,7 +76,8 @@ def test_a_process_with_tensorflow_alone_gives_the_same(paths, greedy, sampler, 
     for number, (dtype, generator) in enumerate(half.items()):
         text, logits = results[6 + 2 * number : 8 + 2 * number]
         assert text["text"] == generator(PROMPTS, seed=11, temperature=0.9), dtype
-        np.testing.assert_allclose(logits["logits"], generator.model(np.array(TOKEN_IDS)), atol=1e-3)
+        expected = tf.function(generator.model)(tf.constant(TOKEN_IDS))  # A graph rounds other than single operations.
+        np.testing.assert_allclose(logits["logits"], expected, atol=1e-3)
 
 
 anything = st.lists(st.one_of(st.text(max_size=20), st.text("the \n漢😀é", max_size=40)), max_size=3)
@@ -194,8 +195,8 @@ def test_weights_are_saved_once(paths):
 def test_a_compiled_model_is_exported_without_its_optimizer(tmp_path):
     model = tiny_model()
     model.compile()
-    tokens = np.array(TOKEN_IDS)
-    model.fit(tf.data.Dataset.from_tensors((tokens[:, :-1], tokens[:, 1:])), verbose=0)
+    model.train_on_batch(np.array(TOKEN_IDS)[:, :-1], np.array(TOKEN_IDS)[:, 1:])
+    assert len(model.optimizer.variables) > len(model.weights)
     generator = generator_of(model, temperature=0)
     path = generator.export(tmp_path)
     assert len(tf.train.list_variables(str(path / "variables" / "variables"))) == len(model.weights) + 1

@@ -52,7 +52,7 @@ def test_a_version_is_never_overwritten_and_numbers_only_go_up(tmp_path):
     before = content(write(tmp_path, 2.0, version=5))
     with pytest.raises(FileExistsError, match="5 exists, and a version is never overwritten"):
         write(tmp_path, 3.0, version=5)
-    with pytest.raises(ValueError, match="version is 4, but .* holds version 5 already.* None for 6"):
+    with pytest.raises(ValueError, match=r"version is 4, but .* holds version 5 already.* None for 6"):
         write(tmp_path, 3.0, version=4)
     assert saved_versions(tmp_path) == [5]
     assert content(tmp_path / "5") == before

@@ -1,0 +1,99 @@
+"""The command as a user runs it: in a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    *("--vocab-size", "300", "--context-length", "16", "--num-layers", "1", "--num-heads", "2", "--model-dim", "16"),
+    *("--steps", "4", "--batch-size", "4", "--evaluate-every", "2", "--verbose", "0"),
+)
+
+
+def run(*arguments: object, directory: Path, command: tuple[str, ...] = ("-m", "lmzoo")) -> subprocess.CompletedProcess:
+    words = [sys.executable, *command, *map(str, arguments)]
+    return subprocess.run(words, cwd=directory, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A directory with a text, a prepared corpus and a trained run."""
+    directory = tmp_path_factory.mktemp("cli")
+    for number in range(30):
+        (directory / f"{number}.txt").write_text(f"Sentence number {number} of this text says hello to you. " * 10)
+    done = run("prepare", "*.txt", "--directory", "corpus", "--vocab-size", 300, directory=directory)
+    assert done.returncode == 0, done.stderr
+    done = run("pretrain", "--corpus", "corpus", "--directory", "run", *TINY, directory=directory)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+def test_a_run_is_evaluated_generated_from_and_exported(workplace):
+    scores = run("evaluate", "run", "corpus", directory=workplace)
+    assert scores.returncode == 0, scores.stderr
+    assert json.loads(scores.stdout.splitlines()[-1])["bits_per_byte"] > 0
+
+    flags = ("--max-new-tokens", 4, "--seed", 1)
+    first, second = (run("generate", "run", "Sentence", *flags, directory=workplace) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("Sentence")
+    assert first.stdout == second.stdout
+
+    exported = run("export", "run", "served", "--max-new-tokens", 4, directory=workplace)
+    assert exported.returncode == 0, exported.stderr
+    assert (workplace / exported.stdout.strip() / "saved_model.pb").is_file()
+
+
+def test_the_same_command_again_goes_on(workplace):
+    done = run("pretrain", "--corpus", "corpus", "--directory", "run", *TINY, directory=workplace)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step 4" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["prepare", "nothing.txt", "--directory", "other"], 1, "nothing.txt"),
+        (["pretrain", "--preset", "gpt3", "--directory", "other"], 1, "there is no preset 'gpt3'"),
+        (["pretrain", "--steps", "0"], 1, "steps is 0"),
+        (["evaluate", "nowhere", "corpus"], 1, "nowhere"),
+        (["generate", "run", "x", "--temperature", "-1"], 1, "temperature=-1"),
+        (["pretrain", "--no-such-flag", "1"], 2, "no-such-flag"),
+        (["nonsense"], 2, "nonsense"),
+    ],
+)
+def test_an_error_is_one_line_and_a_status(workplace, arguments, status, message):
+    done = run(*arguments, directory=workplace)
+    assert done.returncode == status, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    if status == 1:
+        assert [line for line in done.stderr.splitlines() if line.startswith("lmzoo: ")]
+
+
+@pytest.mark.parametrize("command", [[], ["prepare"], ["pretrain"], ["evaluate"], ["generate"], ["export"]])
+def test_help_says_what_there_is(tmp_path, command):
+    done = run(*command, "--help", directory=tmp_path)
+    assert done.returncode == 0
+    expected = {"pretrain": "--learning-rate", "generate": "--top-k", "prepare": "--vocab-size"}
+    assert expected.get(command[0] if command else "", "-h") in done.stdout
+
+
+@pytest.mark.slow
+def test_the_examples_run(tmp_path):
+    for script, arguments in (
+        ("quickstart.py", ("--smoke", "--directory", "run", "--export", "served")),
+        ("pretrain_gpt.py", ("--smoke", "--directory", "gpt")),
+    ):
+        done = run(*arguments, directory=tmp_path, command=(str(ROOT / "examples" / script),))
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "served" / "1" / "saved_model.pb").is_file()
+
+
+def test_examples_are_short():
+    for script in (ROOT / "examples").glob("*.py"):
+        assert len(script.read_text().splitlines()) <= 100, script
