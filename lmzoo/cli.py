@@ -121,7 +121,7 @@ def generate(
     """
     from lmzoo.pipelines import TextGenerator
 
-    generator = TextGenerator.from_pretrained(model, max_new_tokens=max_new_tokens, options=options)
+    generator = TextGenerator.from_pretrained(model, max_new_tokens=max_new_tokens, **dataclasses.asdict(options))
     print(prompt, end="", flush=True)
     for piece in generator.stream(prompt, seed=seed):
         print(piece, end="", flush=True)
@@ -146,7 +146,7 @@ def export(
     """
     from lmzoo.pipelines import TextGenerator
 
-    generator = TextGenerator.from_pretrained(model, max_new_tokens=max_new_tokens, options=options)
+    generator = TextGenerator.from_pretrained(model, max_new_tokens=max_new_tokens, **dataclasses.asdict(options))
     print(generator.export(directory, version=version))
 
 

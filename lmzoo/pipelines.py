@@ -13,7 +13,7 @@ from typing import Any, Self, overload
 import numpy as np
 import tensorflow as tf
 
-from lmzoo.checkpoints.runs import checkpoint_of
+from lmzoo.checkpoints import find_checkpoint
 from lmzoo.data.tokenizer_training import without_surrogates
 from lmzoo.data.tokenizers import Tokenizer
 from lmzoo.export import write_saved_model
@@ -111,30 +111,19 @@ class TextGenerator(tf.Module):
         self._stream_decoder = functools.lru_cache(maxsize=8)(functools.partial(model.decoder, self.max_new_tokens))
 
     @classmethod
-    def from_pretrained(
-        cls,
-        directory: str | os.PathLike[str],
-        *,
-        options: SamplingOptions | None = None,
-        dtype: Any = None,
-        **settings: Any,
-    ) -> Self:
-        """A generator around a checkpoint and the tokenizer saved with it.
+    def from_pretrained(cls, directory: str | os.PathLike[str], *, dtype: Any = None, **settings: Any) -> Self:
+        """The pipeline of a checkpoint with its tokenizer beside it, or of a run, whose best checkpoint is taken.
 
         Args:
-            directory: of a checkpoint, or of a training run, whose best checkpoint is taken.
-            options: all sampling options at once; None leaves them to `settings`.
-            dtype: a Keras dtype or policy of the model; None is that of Keras, float32 at first.
-            settings: as in the constructor.
+            directory: of the checkpoint or the run.
+            dtype: Keras dtype or policy of the model.
+            settings: arguments of the constructor.
 
         Raises:
-            FileNotFoundError: there is no checkpoint, or no tokenizer with it.
-            ValueError: one of them cannot be read, or as in the constructor.
+            CheckpointError, FileNotFoundError, ValueError: it cannot be read, or model and tokenizer do not match.
         """
-        directory = checkpoint_of(directory)
-        sampling = {} if options is None else dataclasses.asdict(options)
-        tokenizer = Tokenizer.from_pretrained(directory)
-        return cls(load_pretrained(directory, dtype=dtype), tokenizer, **sampling, **settings)
+        directory = find_checkpoint(directory)
+        return cls(load_pretrained(directory, dtype=dtype), Tokenizer.from_pretrained(directory), **settings)
 
     # ---- calling
 
@@ -289,17 +278,21 @@ class TextGenerator(tf.Module):
             if not isinstance(stop, str) or not stop:
                 raise ValueError(f"stop_strings has {stop!r}, but each must be a str of one character or more.")
             token_ids = self.tokenizer.encode(stop)
-            has_text = [self.tokenizer.decode([token]) != "" for token in token_ids]
-            if any(has_text) and not all(has_text):
+            special = [token for token in token_ids if self._is_special(token, stop)]
+            if special and special != token_ids:
                 raise ValueError(f"the stop string {stop!r} mixes text and special tokens: give them one by one.")
-            if not any(has_text):
-                sequences.append(tuple(token_ids))
+            if special:
+                sequences.append(tuple(special))
                 continue
             # Behind a space it is often another token. Tokens that do not hold the string end nothing.
             for held_by in (token_ids, self.tokenizer.encode(" " + stop)):
                 if stop in self.tokenizer.decode(held_by):
                     sequences.append(tuple(held_by))
         return tuple(sequences)
+
+    def _is_special(self, token: int, stop: str) -> bool:
+        """Whether a token of a stop string is written out in it, but has no text, unlike one for unknown text."""
+        return self.tokenizer.decode([token]) == "" and (self.tokenizer.id_to_token(token) or "") in stop
 
     # ---- requests and streams
 

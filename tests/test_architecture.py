@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,9 +21,9 @@ FLOORS = {
     "generation": 1,
     "models": 2,
     "tasks": 3,
+    "export": 3,
     "pipelines": 4,
     "training": 5,
-    "export": 5,
     "cli": 6,
     "__main__": 7,
 }
@@ -57,6 +58,15 @@ def _where(source: Path, line: int) -> str:
 def test_there_is_a_floor_for_each_room():
     rooms = {_room(parts) for parts in MODULES} - {"__init__"}
     assert rooms <= set(FLOORS), f"give {sorted(rooms - set(FLOORS))} a floor"
+
+
+def test_the_page_about_the_house_is_true():
+    """ARCHITECTURE.md has a table of floors and rooms: every room is in it, on its floor."""
+    page = (PACKAGE / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| (`.*?`) \|", page, re.MULTILINE)
+    told = {room: int(floor) for floor, rooms in rows for room in re.findall(r"`(\w+)`", rooms)}
+    assert told == {room: FLOORS[room] for room in told}
+    assert set(told) == {_room(parts) for parts in MODULES} - {"__init__", "__main__"}
 
 
 def test_imports_go_downwards_only():
@@ -120,10 +130,7 @@ def test_nothing_but_the_table_names_an_architecture():
 @pytest.mark.parametrize("reference", ["torch", "transformers", "keras_hub", "jax"])
 def test_reference_implementations_stay_outside(reference):
     faults = [
-        _where(source, line)
-        for source in SOURCES
-        for line, name in _imports(source)
-        if name.split(".")[0] == reference
+        _where(source, line) for source in SOURCES for line, name in _imports(source) if name.split(".")[0] == reference
     ]
     assert not faults, "\n".join(faults)
 
@@ -189,6 +196,7 @@ def test_light_imports_stay_light(statement, absent):
 
 def test_every_architecture_has_a_tiny_config():
     from conftest import TINY
+
     from lmzoo.models import ARCHITECTURES
 
     assert set(TINY) == set(ARCHITECTURES)

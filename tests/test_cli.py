@@ -59,9 +59,9 @@ def test_the_same_command_again_goes_on(workplace):
     [
         (["prepare", "nothing.txt", "--directory", "other"], 1, "nothing.txt"),
         (["pretrain", "--preset", "gpt3", "--directory", "other"], 1, "there is no preset 'gpt3'"),
-        (["pretrain", "--steps", "0"], 1, "steps is 0"),
+        (["pretrain", "--steps", "0"], 2, "steps is 0"),
         (["evaluate", "nowhere", "corpus"], 1, "nowhere"),
-        (["generate", "run", "x", "--temperature", "-1"], 1, "temperature=-1"),
+        (["generate", "run", "x", "--temperature", "-1"], 2, "temperature=-1"),
         (["pretrain", "--no-such-flag", "1"], 2, "no-such-flag"),
         (["nonsense"], 2, "nonsense"),
     ],

@@ -1,5 +1,7 @@
 """Strings in, strings out: against the model's own `generate`, against a script, and against its own stream."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_pipeline import CONTEXT_LENGTH, PROMPTS, ScriptedModel, shared_model, tiny_model, tiny_tokenizer
 
+from lmzoo.checkpoints import CheckpointError
 from lmzoo.data.tokenizers import Tokenizer
 from lmzoo.generation import SamplingOptions
 from lmzoo.pipelines import TextGenerator
@@ -248,13 +251,14 @@ def run(tmp_path_factory):
 def test_a_checkpoint_and_a_run_are_loaded_with_their_tokenizer(run, greedy):
     checkpoint = TextGenerator.from_pretrained(run / "best", max_new_tokens=NEW, temperature=0)
     assert checkpoint(PROMPTS) == greedy(PROMPTS)
-    options = SamplingOptions(temperature=0, stop_sequences=[[5]])
-    assert TextGenerator.from_pretrained(str(run), options=options).options == options
-    assert TextGenerator.from_pretrained(run, dtype="bfloat16").model.compute_dtype == "bfloat16"
+    options = SamplingOptions(temperature=0, stop_sequences=((5,),))
+    settings_ = dataclasses.asdict(options)
+    assert TextGenerator.from_pretrained(str(run), max_new_tokens=NEW, **settings_).options == options
+    assert TextGenerator.from_pretrained(run, dtype="bfloat16", max_new_tokens=NEW).model.compute_dtype == "bfloat16"
 
 
 def test_a_directory_without_a_checkpoint_or_a_tokenizer_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="neither a checkpoint .* nor a run"):
+    with pytest.raises(CheckpointError, match=r"neither a checkpoint .* nor a run"):
         TextGenerator.from_pretrained(tmp_path)
     shared_model().save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=tmp_path.name):
@@ -267,9 +271,9 @@ def test_a_directory_without_a_checkpoint_or_a_tokenizer_is_named(tmp_path):
 class Scripted:
     """A greedy pipeline around a script, and what it should give."""
 
-    def __init__(self, eos_token_id=0, max_new_tokens=40, **settings):
+    def __init__(self, eos_token_id=0, tokenizer=None, **settings):
         self.model = ScriptedModel(eos_token_id=eos_token_id)
-        self.generator = TextGenerator(self.model, tiny_tokenizer(), max_new_tokens, temperature=0, **settings)
+        self.generator = TextGenerator(self.model, tokenizer or tiny_tokenizer(), 40, temperature=0, **settings)
 
     def check(self, token_ids, expected):
         self.model.play(token_ids)
@@ -337,6 +341,19 @@ def test_a_stop_string_that_overlaps_itself_is_found_at_its_first_place():
     scripted = Scripted(stop_strings="aa")
     a, b = (tiny_tokenizer().token_to_id(token) for token in "ab")
     scripted.check([b, a, b, a, a, a, b], "bab")
+
+
+def test_a_stop_string_in_other_tokens_than_its_own_is_cut_with_all_that_follows():
+    assert len(tiny_tokenizer().encode("the")) == 1
+    letters = [tiny_tokenizer().token_to_id(token) for token in "athe"]
+    Scripted(stop_strings="the").check([*letters, *tiny_tokenizer().encode("\n\nb\n")], "a")
+
+
+def test_a_stop_string_that_the_tokenizer_cannot_write_ends_nothing():
+    tokenizer = tiny_tokenizer("char")
+    scripted = Scripted(stop_strings=["Ж", "Жa"], tokenizer=tokenizer)
+    assert tokenizer.encode("Ж") == [tokenizer.unk_token_id]
+    scripted.check([*tokenizer.encode("a"), tokenizer.unk_token_id, *tokenizer.encode("b")], "ab")
 
 
 def test_end_tokens_of_the_model_and_of_the_tokenizer_end_a_text_and_are_not_in_it():

@@ -1,6 +1,7 @@
 """Checkpoints in the Hugging Face layout: `config.json` beside `*.safetensors`. No pickle, no code; knows no model."""
 
 from lmzoo.checkpoints.files import CheckpointError as CheckpointError
+from lmzoo.checkpoints.files import find_checkpoint as find_checkpoint
 from lmzoo.checkpoints.files import read_config as read_config
 from lmzoo.checkpoints.files import read_tensors as read_tensors
 from lmzoo.checkpoints.files import unchanged as unchanged

@@ -30,6 +30,21 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or does not fit the model; the message says what is wrong and where."""
 
 
+def find_checkpoint(directory: PathLike) -> Path:
+    """The checkpoint itself, or the best one (else the last one) of a run.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    directory = Path(directory)
+    for candidate in (directory, directory / "best", directory / "last"):
+        if (candidate / CONFIG).is_file():
+            return candidate.resolve()
+    raise CheckpointError(
+        f"{directory} is neither a checkpoint (it has no {CONFIG}) nor a run with a checkpoint (best/ or last/)."
+    )
+
+
 def read_config(directory: PathLike) -> dict[str, Any]:
     """The dictionary in `config.json`.
 

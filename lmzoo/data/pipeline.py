@@ -174,6 +174,9 @@ class Batches:
         else:
             elements = tf.data.Dataset.range(self.num_batches * replicas)
         options = tf.data.Options()
+        options.autotune.enabled = (
+            False  # nothing here is for it to tune, and its thread may hang the interpreter's end
+        )
         # A whole batch may be cut up by tf.distribute; a part that was made for one machine may not.
         policies = tf.data.experimental.AutoShardPolicy
         options.experimental_distribute.auto_shard_policy = policies.DATA if parts == 1 else policies.OFF

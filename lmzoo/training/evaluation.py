@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lmzoo.checkpoints import find_checkpoint
 from lmzoo.data.corpus import Corpus
 from lmzoo.data.objectives import Causal
 from lmzoo.data.pipeline import Batches
@@ -97,7 +98,7 @@ def evaluate(
     Raises:
         FileNotFoundError, ValueError: the checkpoint or the corpus cannot be read, or they do not belong together.
     """
-    directory = checkpoint_of(model)
+    directory = find_checkpoint(model)
     corpus = Path(corpus)
     part = corpus / "validation" if (corpus / "validation").is_dir() else corpus
     opened = Corpus.open(part, Tokenizer.from_pretrained(directory))
@@ -112,18 +113,3 @@ def evaluate(
         epochs=1,
     )
     return evaluate_model(loaded, batches, max_batches=max_batches, verbose=verbose)
-
-
-def checkpoint_of(directory: str | os.PathLike[str]) -> Path:
-    """The checkpoint itself, or the best one (else the last one) of a run.
-
-    Raises:
-        FileNotFoundError: it is neither.
-    """
-    directory = Path(directory)
-    for candidate in (directory, directory / "best", directory / "last"):
-        if (candidate / "config.json").is_file():
-            return candidate.resolve()
-    raise FileNotFoundError(
-        f"{directory} is neither a checkpoint (it has no config.json) nor a run with a checkpoint (best/ or last/)."
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -43,7 +44,7 @@ def assert_holds(directory, tensors, config=None):
     assert found_config == (config or CONFIG)
     assert set(found) == set(tensors)
     for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
         np.testing.assert_array_equal(found[name], tensor)
 
 
@@ -114,7 +115,9 @@ def test_a_new_checkpoint_takes_the_place_of_the_older_one(tmp_path, before, aft
 
 
 def test_missing_directory(tmp_path):
-    with pytest.raises(CheckpointError, match=r"nowhere is not a directory; a checkpoint is one that holds config\.json"):
+    with pytest.raises(
+        CheckpointError, match=r"nowhere is not a directory; a checkpoint is one that holds config\.json"
+    ):
         read(tmp_path / "nowhere")
 
 
@@ -136,7 +139,9 @@ def test_damaged_config(tmp_path, content, message):
 
 def test_no_weights(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json\.$"):
+    with pytest.raises(
+        CheckpointError, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json\.$"
+    ):
         read(tmp_path)
 
 
@@ -144,7 +149,9 @@ def test_no_weights(tmp_path):
 def test_pickled_weights_are_never_read(tmp_path, name):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    with pytest.raises(CheckpointError, match="pickled weights, which lmzoo never reads: save them again as safetensors"):
+    with pytest.raises(
+        CheckpointError, match="pickled weights, which lmzoo never reads: save them again as safetensors"
+    ):
         read(tmp_path)
 
 
@@ -175,11 +182,15 @@ def test_missing_shard(tmp_path):
 def test_an_index_that_names_what_is_not_there(tmp_path):
     write(tmp_path, max_shard_bytes=48)
     edit_index(tmp_path, lambda places: places.update({"layer.0": places["layer.3"], "extra": places["layer.3"]}))
-    with pytest.raises(CheckpointError, match=r"extra in model-00002-of-00002\S+, layer\.0 in model-00002-of-00002\S+\.$"):
+    with pytest.raises(
+        CheckpointError, match=r"extra in model-00002-of-00002\S+, layer\.0 in model-00002-of-00002\S+\.$"
+    ):
         read(tmp_path)
 
 
-@pytest.mark.parametrize("place", ["../secret.safetensors", "/etc/passwd", "sub/file.safetensors", "..", ".", "", 7, None])
+@pytest.mark.parametrize(
+    "place", ["../secret.safetensors", "/etc/passwd", "sub/file.safetensors", "..", ".", "", 7, None]
+)
 def test_an_index_that_leads_elsewhere(tmp_path, place):
     write(tmp_path / "checkpoint", max_shard_bytes=48)
     safetensors.numpy.save_file({"layer.0": np.ones(3)}, tmp_path / "secret.safetensors")
@@ -239,44 +250,36 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, sizes, config_size, m
     assert_holds(tmp_path, make_tensors(1.0))
 
 
-def count_calls(monkeypatch, owner, name, fail_at=None, error=OSError(errno.ENOSPC, "No space left on device")):
-    """Counts calls of a function, the `fail_at`-th of which raises."""
-    real, calls = getattr(owner, name), []
+def fail_at_call(monkeypatch, number, error, *functions):
+    """Has the `number`-th call of any of these (owner, name) raise; returns the list of calls so far."""
+    calls = []
 
-    def counted(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == fail_at:
-            raise error
-        return real(*args, **kwargs)
+    def wrap(real):
+        def wrapped(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == number:
+                raise error
+            return real(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, counted)
+        return wrapped
+
+    for owner, name in functions:
+        monkeypatch.setattr(owner, name, wrap(getattr(owner, name)))
     return calls
 
 
-@pytest.mark.parametrize("max_shard_bytes", [10**9, 48])
-def test_failing_at_any_file_leaves_the_older_checkpoint(tmp_path, monkeypatch, max_shard_bytes):
+@pytest.mark.parametrize(("max_shard_bytes", "num_files"), [(10**9, 2), (48, 4)])
+def test_failing_at_any_file_leaves_the_older_checkpoint(tmp_path, monkeypatch, max_shard_bytes, num_files):
+    """Shards, index and config are put on the disk one after the other; each may be the one that does not fit."""
     write(tmp_path, make_tensors(1.0))
     before = names_in(tmp_path)
-    for fail_at in range(1, 9):
+    for number in range(1, num_files + 1):
         with monkeypatch.context() as patch:
-            calls = count_calls(patch, os, "fsync", fail_at)
-            try:
+            fail_at_call(patch, number, OSError(errno.ENOSPC, "No space left on device"), (os, "fsync"))
+            with pytest.raises(OSError, match="No space left on device"):
                 write(tmp_path, make_tensors(5.0), {"model_type": "other"}, max_shard_bytes=max_shard_bytes)
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
-        if len(calls) < fail_at:
-            break
-        if "config.json" in names_in(tmp_path):
-            if read(tmp_path)[0] == CONFIG:
-                assert names_in(tmp_path) == before
-                assert_holds(tmp_path, make_tensors(1.0))
-            else:
-                assert_holds(tmp_path, make_tensors(5.0), {"model_type": "other"})
-        write(tmp_path, make_tensors(1.0))
-        assert [name for name in names_in(tmp_path) if not name.endswith(".tmp")] == before
-        for path in tmp_path.glob("*.tmp"):
-            path.unlink()
-    assert fail_at > 3
+        assert names_in(tmp_path) == before
+        assert_holds(tmp_path, make_tensors(1.0))
 
 
 def test_a_tensor_that_cannot_be_read_leaves_nothing(tmp_path):
@@ -296,52 +299,51 @@ class _Killed(BaseException):
 @pytest.mark.parametrize("after", [10**9, 48])
 def test_a_kill_between_any_two_renames_never_shows_a_mixture(tmp_path, monkeypatch, before, after):
     """After each step of the exchange, a reader gets the old checkpoint, the new one, or an error."""
-    seen = set()
-    for fail_at in range(1, 20):
-        directory = tmp_path / str(fail_at)
+    seen = []
+    for number in range(1, 20):
+        directory = tmp_path / str(number)
         write(directory, make_tensors(1.0), {"of": "old"}, max_shard_bytes=before)
-        done = []
-        with monkeypatch.context() as patch:
-            for name in ("replace", "unlink"):
-
-                def step(self, *args, real=getattr(Path, name), **kwargs):
-                    done.append(self)
-                    if len(done) == fail_at:
-                        raise _Killed
-                    return real(self, *args, **kwargs)
-
-                patch.setattr(Path, name, step)
-            try:
-                write(directory, make_tensors(5.0), {"of": "new"}, max_shard_bytes=after)
-            except _Killed:
-                pass
+        with monkeypatch.context() as patch, contextlib.suppress(_Killed):
+            calls = fail_at_call(patch, number, _Killed(), (Path, "replace"), (Path, "unlink"))
+            write(directory, make_tensors(5.0), {"of": "new"}, max_shard_bytes=after)
         try:
             config, tensors = read(directory)
         except CheckpointError as error:
-            assert "a save is under way or was cut off" in str(error)
-            seen.add("error")
+            seen.append(str(error))
             continue
-        seen.add(config["of"])
-        fill = 1.0 if config["of"] == "old" else 5.0
-        for name, tensor in make_tensors(fill).items():
+        seen.append(config["of"])
+        for name, tensor in make_tensors(1.0 if config["of"] == "old" else 5.0).items():
             np.testing.assert_array_equal(tensors[name], tensor)
-        if len(done) < fail_at:
+        if len(calls) < number:
             break
-    assert seen == {"old", "error", "new"}
+    first, *errors, last = seen
+    assert (first, last) == ("old", "new")
+    assert errors
+    assert all("a save is under way or was cut off" in error for error in errors)
     write(tmp_path / "2", make_tensors(9.0))  # A new save mends it.
     assert_holds(tmp_path / "2", make_tensors(9.0))
 
 
 def test_a_reader_notices_a_save_in_between(tmp_path):
+    """Config and weights are read one after the other; the new config may be the same as the old one."""
     write(tmp_path, make_tensors(1.0))
-    with pytest.raises(CheckpointError, match="was replaced while it was being read: read it again"):
+
+    def read_slowly():
         with checkpoints.unchanged(tmp_path):
             checkpoints.read_config(tmp_path)
-            write(tmp_path, make_tensors(5.0))  # The same config, other weights.
+            write(tmp_path, make_tensors(5.0))
             checkpoints.read_tensors(tmp_path)
+
+    with pytest.raises(CheckpointError, match="was replaced while it was being read: read it again"):
+        read_slowly()
+
+
+def test_open_files_stay_what_they_were(tmp_path):
+    write(tmp_path, make_tensors(1.0), max_shard_bytes=48)
     opened = checkpoints.read_tensors(tmp_path)
-    write(tmp_path, make_tensors(9.0))
-    np.testing.assert_array_equal(opened["layer.0"](), make_tensors(5.0)["layer.0"])  # Open files stay what they were.
+    write(tmp_path, make_tensors(5.0), max_shard_bytes=48)
+    for name, tensor in make_tensors(1.0).items():
+        np.testing.assert_array_equal(opened[name](), tensor)
 
 
 def test_an_error_inside_is_not_hidden(tmp_path):

@@ -32,9 +32,7 @@ def test_names_with_and_without_prefix(tmp_path, prefix):
 
 
 def test_all_that_does_not_fit_is_in_one_error(tmp_path):
-    tensors = make_tensors(
-        "transformer.", wte=np.ones((4, 3), "f4"), **{"h.0.w": None, "h.1.w": np.ones((2, 2), "i8")}
-    )
+    tensors = make_tensors("transformer.", wte=np.ones((4, 3), "f4"), **{"h.0.w": None, "h.1.w": np.ones((2, 2), "i8")})
     tensors |= {"transformer.h.2.w": np.ones((2, 2), "f4"), "score": np.ones((1,), "f4"), "wte": np.ones((4, 2), "f4")}
     with pytest.raises(CheckpointError) as caught:
         match(tmp_path, tensors, prefix="transformer.")

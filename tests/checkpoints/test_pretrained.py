@@ -129,7 +129,9 @@ def test_all_that_does_not_fit_is_named(model, tmp_path):
         type(model).from_pretrained(tmp_path)
     problems = str(caught.value).split("\n  ")[1:]
     assert [problem.split(":")[0] for problem in problems] == ["missing", "shape", "unknown"]
-    for problem, name in zip(problems, (names[0].removeprefix(model.checkpoint_prefix), names[1], "extra.weight"), strict=True):
+    for problem, name in zip(
+        problems, (names[0].removeprefix(model.checkpoint_prefix), names[1], "extra.weight"), strict=True
+    ):
         assert name in problem
 
 

@@ -178,7 +178,7 @@ def test_a_killed_writer_leaves_no_corpus_and_the_next_one_cleans_up(tmp_path):
     process.start()
     try:
         limit = time.monotonic() + 30
-        while not list(tmp_path.glob(".c.partial/tokens-*")) and time.monotonic() < limit:
+        while not list(tmp_path.glob(".c.partial/tokens-00001.bin")) and time.monotonic() < limit:
             time.sleep(0.02)
         assert names(tmp_path) == [".c.partial"]
         with pytest.raises(FileExistsError, match="another process is writing"):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import tensorflow as tf
 import tokenizers
-from tokenizer_texts import TEXTS, WHITE_SPACE, generated_strings, gpt2_directory, training_text
+from tokenizer_texts import CONTRACTIONS, TEXTS, WHITE_SPACE, generated_strings, gpt2_directory, training_text
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from lmzoo.data.graph_merges import MergeTable
@@ -80,6 +80,15 @@ def assert_twins(tokenizer: Tokenizer, strings: list[bytes]) -> None:
     assert decoded == [tokenizer.decode(row) for row in expected]
 
 
+def assert_same_words(tokenizer: Tokenizer, texts: list[str]) -> None:
+    """The graph cuts the texts into the words of the library's pre-tokenizer, empty ones aside."""
+    library = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = tokenizer.graph._split_words(tf.RaggedTensor.from_row_lengths(texts, [1] * len(texts))).to_list()
+    for text, row in zip(texts, words, strict=True):
+        expected = [text[start:end] for _, (start, end) in library.pre_tokenize_str(text)]
+        assert [word.decode() for word in row if word] == expected
+
+
 # ---- any input
 
 
@@ -116,11 +125,14 @@ def test_code_points_are_of_the_kind_that_the_library_says(bpe, code_points):
     characters = [chr(code) for code in code_points if not 0xD800 <= code < 0xE000]
     groups = [characters[start : start + 4096] for start in range(0, len(characters), 4096)]
     texts = ["".join(f"a{c}1{c}!{c} {c}\n" for c in group) for group in groups]
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    boundaries = bpe.graph._split_words(tf.RaggedTensor.from_row_lengths(texts, [1] * len(texts))).to_list()
-    for text, row in zip(texts, boundaries, strict=True):
-        expected = [text[start:end] for _, (start, end) in words.pre_tokenize_str(text)]
-        assert [word.decode() for word in row if word] == expected
+    assert_same_words(bpe, texts)
+
+
+def test_words_are_cut_as_the_library_cuts_them(bpe):
+    assert_same_words(bpe, [string.decode("utf-8", "replace") for string in generated_strings(200)])
+    assert_same_words(
+        bpe, [before + cut + after for before in ("a", "!", " ", "") for cut in CONTRACTIONS for after in "a1'! "]
+    )
 
 
 def test_malformed_utf8_is_replaced_as_python_replaces_it(bpe):
@@ -157,45 +169,56 @@ def test_variants_of_byte_level(bpe, hard_strings, add_prefix_space, use_regex, 
     assert_twins(variant, hard_strings)
 
 
-def random_merges(seed: int) -> Tokenizer:
-    """Merges in an order in which nobody would learn them, several of them to the same token."""
-    generator = random.Random(seed)
-    vocabulary = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokens, merges = list("abcdeĠ"), []
-    while len(merges) < 80:
-        pair = (generator.choice(tokens), generator.choice(tokens))
-        token = "".join(pair)
-        if pair in merges or len(token) > 12:
-            continue
-        merges.append(pair)
-        if token not in vocabulary:
-            vocabulary[token] = len(vocabulary)
-            tokens.append(token)
-    generator.shuffle(merges)
-    model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=seed % 2 == 0)
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=seed % 3 == 0)
+def byte_level(tokens: list[str], merges: list[tuple[str, str]], **options: bool) -> Tokenizer:
+    """A byte-level tokenizer of the 256 bytes, these tokens and these merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys([*alphabet, *tokens]))}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, **options))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return Tokenizer(backend)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_merges_in_any_order(hard_strings, seed):
-    tokenizer = random_merges(seed)
-    assert not tokenizer.graph._merges._in_order
-    assert_twins(tokenizer, hard_strings)
+def random_merges(seed: int) -> Tokenizer:
+    """Merges in an order in which nobody would learn them, some twice, several of them to the same token."""
+    generator = random.Random(seed)
+    tokens, merges = list("abc"), []
+    for _ in range(15):
+        pair = (generator.choice(tokens), generator.choice(tokens))
+        if len("".join(pair)) <= 8:
+            merges.append(pair)
+            tokens = list(dict.fromkeys([*tokens, "".join(pair)]))
+    generator.shuffle(merges)
+    return byte_level(tokens, merges + generator.choices(merges, k=3), ignore_merges=seed % 4 == 0)
+
+
+@pytest.mark.parametrize("seeds", [range(10), pytest.param(range(20, 120), marks=pytest.mark.slow)])
+def test_merges_in_any_order(seeds):
+    in_order = set()
+    for seed in seeds:
+        generator = random.Random(seed)
+        tokenizer = random_merges(seed)
+        words = ["".join(generator.choices("abc", k=generator.randrange(40))) for _ in range(300)]
+        assert_twins(tokenizer, [word.encode() for word in words])
+        in_order.add(tokenizer.graph._merges._in_order)
+    assert False in in_order
+
+
+def test_tokens_that_no_merge_makes_are_not_looked_up():
+    tokenizer = byte_level(["ab", "abc", "bc", "abcd"], [("b", "c"), ("a", "b"), ("ab", "c")])
+    assert tokenizer.graph.encode(["abc", "ab", "abcd"]).to_list() == tokenizer.encode(["abc", "ab", "abcd"])
+    assert [tokenizer.id_to_token(index) for index in tokenizer.encode("abc")] == ["a", "bc"]
 
 
 def test_a_merge_that_brings_forth_a_lower_rank_goes_first():
     """Of the two pairs "ab" in "abab", merging the first makes "ab"+"a", which comes before the second."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*alphabet, "ab", "aba", "bb"])}
-    model = models.BPE(vocab=vocabulary, merges=[("ab", "a"), ("a", "b"), ("b", "b")])
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = Tokenizer(backend)
+    tokenizer = byte_level(["ab", "aba", "bb"], [("ab", "a"), ("a", "b"), ("b", "b")])
     assert [tokenizer.id_to_token(i) for i in tokenizer.graph.encode(["ababab"]).values.numpy()] == ["aba", "b", "ab"]
     assert_twins(tokenizer, [b"ababab", b"abab abb", b"babababa"])
+    # Here it is the symbol before a pair that has just been merged.
+    tokenizer = byte_level(["ab", "abab", "ababa"], [("abab", "a"), ("ab", "ab"), ("a", "b")])
+    assert [tokenizer.id_to_token(i) for i in tokenizer.graph.encode(["ababab"]).values.numpy()] == ["ababa", "b"]
+    assert_twins(tokenizer, [b"ababab", b"ababababab", b"babababa"])
 
 
 @pytest.mark.parametrize(("unk_token", "fuse_unk"), [(None, False), ("<unk>", False), ("<unk>", True)])
@@ -232,6 +255,8 @@ def test_added_tokens(bpe, char, hard_strings, kind, add_prefix_space):
             AddedToken("a>", normalized=False),
             AddedToken("[.*]+", lstrip=True, rstrip=True, special=True, normalized=False),
             AddedToken("the", normalized=True),
+            AddedToken("thee", normalized=True),
+            AddedToken("<the>", normalized=False),
             AddedToken("é", normalized=False),
             AddedToken("\n ", normalized=True),
             AddedToken(" b", special=True, normalized=False),
@@ -242,6 +267,7 @@ def test_added_tokens(bpe, char, hard_strings, kind, add_prefix_space):
         b"x \xc2\xa0<a> \n<a><aa>  <aa>\xe3\x80\x80y",
         b"a[.*]+b [.*]+ c [.*]",
         b"the<aa>the bthe",
+        b"<the>thee",
     ]
     assert_twins(Tokenizer(backend), strings)
 

@@ -69,6 +69,11 @@ def test_the_split_goes_by_the_text_and_the_seed(tmp_path, stories, tokenizer):
     assert held_out("three", seed=1) != first
     twice = held_out("four", [stories, backwards])
     assert twice == first
+    names = ["five", "six"]  # where a document must be moved, too, which one it is goes by its text
+    for name, source in zip(names, (stories, backwards), strict=True):
+        run(source, tokenizer, tmp_path / name, validation_fraction=1e-9)
+    moved = [Corpus.open(tmp_path / name / "validation").document(0).tolist() for name in names]
+    assert moved[0] == moved[1]
 
 
 def test_no_validation(tmp_path, stories, tokenizer):

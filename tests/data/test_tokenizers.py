@@ -60,7 +60,7 @@ def test_files_and_texts_train_the_same(tmp_path):
     from_files = Tokenizer.train(files, vocab_size=700)
     assert from_files.fingerprint == Tokenizer.train(iter([first, second]), vocab_size=700).fingerprint
     assert from_files.token_to_id("ĊĊ") is not None, "runs of line ends were cut apart"
-    assert Tokenizer.train(files[0], kind="char").fingerprint == Tokenizer.train(iter([first]), kind="char").fingerprint
+    assert "\r" in Tokenizer.train(files[1], kind="char")._backend.get_vocab(), "line ends were translated"
 
 
 def test_wordpiece_keeps_case_if_told():

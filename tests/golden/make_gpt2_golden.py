@@ -1,5 +1,6 @@
-"""Makes tests/golden/gpt2/: small GPT-2 checkpoints and what transformers computes with them, so that tests need neither
-torch nor transformers. Run it with the `parity` extra installed:
+"""Makes tests/golden/gpt2/: small GPT-2 checkpoints and what transformers computes with them.
+
+So tests need neither torch nor transformers. Run it with the `parity` extra installed:
 
     python tests/golden/make_gpt2_golden.py
 

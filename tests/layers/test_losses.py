@@ -171,9 +171,7 @@ def test_no_weight_gives_zero_and_no_gradient():
 def test_hidden_states_keep_their_leading_shape():
     hidden, table, _, labels, weights = make_inputs(12)
     flat = token_cross_entropy(hidden, table, labels, weights)
-    rows = token_cross_entropy(
-        hidden.reshape(3, 4, WIDTH), table, labels.reshape(3, 4), weights.reshape(3, 4)
-    )
+    rows = token_cross_entropy(hidden.reshape(3, 4, WIDTH), table, labels.reshape(3, 4), weights.reshape(3, 4))
     np.testing.assert_array_equal(flat, rows)
 
 

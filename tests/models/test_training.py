@@ -178,7 +178,9 @@ def test_xla_gives_the_same(make_model):
         np.testing.assert_allclose(logs[1][name], value, rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("mixed_bfloat16", 0.03), ("mixed_float16", 0.005), ("bfloat16", 0.05)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("mixed_bfloat16", 0.03), ("mixed_float16", 0.005), ("bfloat16", 0.05)]
+)
 def test_half_precision_is_close_to_float32(make_model, dtype, tolerance):
     exact, half = make_model(), make_model(dtype=dtype)
     ids, _, _ = make_data(exact)
@@ -215,6 +217,16 @@ def test_rows_of_different_lengths_in_one_dataset(make_model):
         counts.append(each[:, 1:].size)
     assert logs["loss"] == pytest.approx(np.average(losses, weights=counts), rel=1e-5)
     model.fit(dataset, verbose=0)
+
+
+def test_training_does_not_make_the_logits(make_model, monkeypatch):
+    """The objective goes from hidden states to the loss; what makes all logits is not called."""
+    model = make_model()
+    model.compile()
+    monkeypatch.setattr(type(model), "logits", None)
+    ids, labels, weights = make_data(model)
+    model.train_on_batch(ids, labels, weights)
+    model.evaluate(ids, labels, sample_weight=weights, verbose=0)
 
 
 @pytest.mark.parametrize("label_smoothing", [-0.1, 1.0, "0.1"])

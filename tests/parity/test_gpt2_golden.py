@@ -37,9 +37,7 @@ def assert_parity(model, batch, answers, tolerance=1e-5):
     compared = [name.removeprefix("gradient.") for name in answers if name.startswith("gradient.")]
     assert compared
     for name in compared:
-        np.testing.assert_allclose(
-            gradients[name], answers[f"gradient.{name}"], rtol=0, atol=tolerance, err_msg=name
-        )
+        np.testing.assert_allclose(gradients[name], answers[f"gradient.{name}"], rtol=0, atol=tolerance, err_msg=name)
 
 
 @pytest.mark.parametrize("case", sorted(path.name for path in GOLDEN.iterdir()))

@@ -146,7 +146,7 @@ def test_there_and_back_again(tmp_path):
     """lmzoo -> transformers -> lmzoo: no weight and no field of the config changes."""
     import transformers
 
-    ours = GPTModel(GPTConfig(vocab_size=50, context_length=16, num_layers=2, num_heads=2, model_dim=16, eos_token_id=3))
+    ours = GPTModel(GPTConfig.from_hugging_face({**SHAPE, "eos_token_id": 3}))
     ours.save_pretrained(tmp_path / "one")
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
     twin = GPTModel.from_pretrained(tmp_path / "two")

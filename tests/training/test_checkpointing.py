@@ -93,7 +93,10 @@ def test_no_whole_checkpoint_is_an_error_and_not_a_fresh_start(store):
     model = make_model()
     store.save(model, Progress(step=1))
     (store.path(1) / "model.safetensors").unlink()
-    with pytest.warns(UserWarning, match="is missing"), pytest.raises(DamagedCheckpointError, match=r"no checkpoint .* is whole"):
+    with (
+        pytest.warns(UserWarning, match="is missing"),
+        pytest.raises(DamagedCheckpointError, match=r"no checkpoint .* is whole"),
+    ):
         store.restore(model)
 
 
