@@ -21,7 +21,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--directory", type=Path, default=Path("runs/quickstart"), help="where the run goes")
 parser.add_argument("--export", type=Path, default=Path("saved_models/quickstart"), help="where the SavedModel goes")
 parser.add_argument("--source", nargs="+", default=["pydoc"], help="text to train on")
-parser.add_argument("--steps", type=int, default=1200, help="optimizer steps")
+parser.add_argument("--steps", type=int, default=800, help="optimizer steps")
 parser.add_argument("--smoke", action="store_true", help="a few steps only")
 arguments = parser.parse_args()
 start = time.perf_counter()
@@ -38,7 +38,8 @@ result = pretrain(
     model_dim=64 if arguments.smoke else 192,
     steps=20 if arguments.smoke else arguments.steps,
     batch_size=8 if arguments.smoke else 16,
-    learning_rate=3e-3,
+    optimizer="muon",
+    learning_rate=4e-3,
     warmup_steps=10 if arguments.smoke else 100,
     final_learning_rate=0.0,
     schedule="linear",
@@ -64,9 +65,8 @@ version = generator.export(arguments.export)
 served = tf.saved_model.load(str(version))
 again = served.generate(tf.constant(prompts), seed=tf.constant([1], tf.int64))["text"]
 same = [item.decode() for item in again.numpy()] == texts
-print(
-    f"\nthe exported model gives {'the same' if same else 'OTHER'} texts, in {time.perf_counter() - start:.0f} s overall"
-)
+seconds = time.perf_counter() - start
+print(f"\nthe exported model gives {'the same' if same else 'OTHER'} texts; {seconds:.0f} s since the start")
 print(f"""
 checkpoint  {result.checkpoint}   (transformers opens it too)
 metrics     {arguments.directory}/metrics.jsonl   (or: tensorboard --logdir {arguments.directory})

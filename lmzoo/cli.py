@@ -20,6 +20,9 @@ from lmzoo.training import PretrainConfig
 FlatPretrainConfig = Annotated[PretrainConfig, tyro.conf.OmitArgPrefixes]
 FlatSamplingOptions = Annotated[SamplingOptions, tyro.conf.OmitArgPrefixes]
 
+# What reads well in a terminal; the library's own default draws from the model's whole distribution.
+_SAMPLING = SamplingOptions(temperature=0.8, top_k=40)
+
 
 def prepare(
     source: tyro.conf.Positional[tuple[str, ...]],
@@ -108,7 +111,7 @@ def generate(
     prompt: tyro.conf.Positional[str],
     max_new_tokens: int = 64,
     seed: int | None = None,
-    options: FlatSamplingOptions = SamplingOptions(temperature=0.8, top_k=40),
+    options: FlatSamplingOptions = _SAMPLING,
 ) -> None:
     """Continue a prompt, and print the text as it comes.
 
@@ -133,7 +136,7 @@ def export(
     directory: tyro.conf.Positional[Path],
     version: int | None = None,
     max_new_tokens: int = 64,
-    options: FlatSamplingOptions = SamplingOptions(temperature=0.8, top_k=40),
+    options: FlatSamplingOptions = _SAMPLING,
 ) -> None:
     """Write a SavedModel for TF Serving: strings in, strings out.
 

@@ -46,7 +46,8 @@ def make_graph_tokenizer(backend: tokenizers.Tokenizer) -> GraphTokenizer:
     with tf.init_scope(), tf.device("CPU:0"):
         if pre_tokenizer is None and not model["merges"]:
             _require(decoder == "Fuse", f"its decoder is {decoder}")
-            _require(not model["byte_fallback"], "its byte_fallback is True")
+            for option in ("byte_fallback", "ignore_merges"):
+                _require(not model[option], f"its {option} is True")
             return CharGraphTokenizer(spec)
         kind = (pre_tokenizer or {}).get("type")
         _require(kind == "ByteLevel", f"its pre-tokenizer is {kind}")
@@ -125,8 +126,9 @@ class GraphTokenizer(tf.Module):
             pattern = "|".join(_literal(content) for content in contents)
             marked = tf.strings.regex_replace(pieces.values, pattern, _BOUNDARY + _SPECIAL + rb"\0" + _BOUNDARY)
             cut = tf.strings.split(_unless_special(pieces.values, marked), _BOUNDARY)
-            pieces = tf.RaggedTensor.from_row_splits(cut.values, tf.gather(cut.row_splits, pieces.row_splits))
-            pieces = pieces.with_values(_strip_beside(pieces.values, tokens))
+            values = _strip_beside(cut.values, tokens)
+            row_splits = tf.gather(cut.row_splits, pieces.row_splits)
+            pieces = tf.RaggedTensor.from_row_splits(values, row_splits, validate=False)
         return pieces
 
 
@@ -177,9 +179,8 @@ class ByteLevelGraphTokenizer(GraphTokenizer):
         pattern = f"{_CONTRACTIONS}| ?[{letters}]+| ?[{numbers}]+| ?[^{spaces}{letters}{numbers}]+|[{spaces}]+"
         words = tf.strings.regex_replace(words, pattern, rb"\0" + _BOUNDARY)
         words = tf.strings.split(_unless_special(texts, words), _BOUNDARY)
-        return tf.RaggedTensor.from_row_splits(
-            words.values, tf.gather(words.row_splits, pieces.row_splits), validate=False
-        )
+        row_splits = tf.gather(words.row_splits, pieces.row_splits)
+        return tf.RaggedTensor.from_row_splits(words.values, row_splits, validate=False)
 
     def _encode_words(self, words: tf.Tensor) -> tf.RaggedTensor:
         """Token ids, ragged int64 [W, None], of words [W]."""

@@ -1,4 +1,4 @@
-"""What a run records while it trains: losses, learning rate, speed and share of the machine's peak, as JSON lines and for TensorBoard."""
+"""What a run records while it trains: loss, learning rate, speed, and share of the machine's peak."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ class CheckpointStore:
                 warnings.warn(f"{error} Going back to the checkpoint before it.", stacklevel=2)
         if damage:
             raise DamagedCheckpointError(
-                f"no checkpoint in {self.directory} is whole: {' '.join(damage)} Remove them to start from the beginning."
+                f"no checkpoint in {self.directory} is whole: {' '.join(damage)} Remove them to begin anew."
             )
         return None
 

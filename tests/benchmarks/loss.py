@@ -1,6 +1,6 @@
 """Loss and gradients of 8 x 512 tokens over a vocabulary of 50,257, 768 wide: chunked against plain logits.
 
-Memory is what the step adds to inputs and table: the most that the process holds while it runs, less what it held before.
+Memory is what the step adds: the most that the process holds while it runs, less what it held before.
 """
 
 from __future__ import annotations

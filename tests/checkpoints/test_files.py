@@ -69,6 +69,8 @@ def test_shards_hold_as_much_as_they_may(tmp_path):
     shards = [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
     assert names_in(tmp_path) == ["config.json", *shards, "model.safetensors.index.json"]
     assert [len(safetensors.numpy.load_file(tmp_path / shard)) for shard in shards] == [2, 2, 1]
+    for shard in shards:  # Older readers look at this before anything else.
+        assert safetensors.safe_open(tmp_path / shard, "numpy").metadata() == {"format": "pt"}
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 5 * 24}
     assert index["weight_map"] == {f"layer.{number}": shards[number // 2] for number in range(5)}

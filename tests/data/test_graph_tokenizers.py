@@ -303,6 +303,12 @@ def test_parts_without_a_twin_are_named(bpe, changes, message):
         _ = altered(bpe, **changes).graph
 
 
+@pytest.mark.parametrize("option", ["byte_fallback", "ignore_merges"])
+def test_options_without_a_twin_for_characters_are_named(char, option):
+    with pytest.raises(ValueError, match=f"its {option} is True"):
+        _ = altered(char, **{f"model__{option}": True}).graph
+
+
 def test_single_word_tokens_have_no_twin(bpe):
     tokenizer = altered(bpe)
     tokenizer._backend.add_tokens([AddedToken("word", single_word=True)])

@@ -323,6 +323,7 @@ LOOPING = [[1, 2, 1, 2, 1], [4, 4, 4], [9], [6, 7, 8, 6, 7, 8, 6]]
         ({"suppressed_token_ids": (3, 17, 11)}, never([3, 17, 11])),
     ],
     ids=str,
+    ids=lambda value: "" if callable(value) else "-".join(f"{name}={setting}" for name, setting in value.items()),
 )
 def test_rules_follow_prompt_and_new_tokens(options, rule):
     settings = {"max_new_tokens": 14, "eos": None}
