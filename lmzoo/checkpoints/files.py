@@ -152,7 +152,7 @@ def write_checkpoint(
     Every file is first written whole under a temporary name, and only then takes the place of an older checkpoint's:
     that one's `config.json` goes first and the new one comes last. A directory without it is not a checkpoint, so a
     reader never takes a mixture for one, even after a kill or a power cut between two renames. Other files in the
-    directory are left alone.
+    directory are left alone. Only one process at a time may write to a directory.
 
     Args:
         directory: is made if it is missing.

@@ -194,6 +194,8 @@ class LanguageModel(ReplicatedModel):
         """
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing is {label_smoothing!r}, but must lie in [0, 1).")
+        if z_loss < 0.0:
+            raise ValueError(f"z_loss is {z_loss!r}, but must be 0 or more.")
         self._label_smoothing, self._z_loss = label_smoothing, z_loss
         if optimizer is None:
             with self.distribute_strategy.scope():
@@ -353,7 +355,7 @@ def token_weights(weights: Tensor | None, labels: Tensor) -> Tensor:
     if weights is None:
         return ones
     weights = keras.ops.cast(weights, "float32")
-    return weights if len(weights.shape) > 1 else keras.ops.expand_dims(weights, 1) * ones
+    return (weights if len(weights.shape) > 1 else keras.ops.expand_dims(weights, 1)) * ones
 
 
 def _prompt_rows(token_ids: Prompts, vocab_size: int) -> list[np.ndarray]:

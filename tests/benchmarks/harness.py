@@ -56,7 +56,8 @@ def time_calls(step: Callable[[], Any], *, warmup: int = 3, calls: int = 10) -> 
 
 def peak_mb() -> float:
     """The most memory that this process has held, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))) / 1024
 
 
 def resident_mb() -> float:

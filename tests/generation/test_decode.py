@@ -322,7 +322,6 @@ LOOPING = [[1, 2, 1, 2, 1], [4, 4, 4], [9], [6, 7, 8, 6, 7, 8, 6]]
         ({"no_repeat_ngram_size": 3}, no_repeated_ngrams(3)),
         ({"suppressed_token_ids": (3, 17, 11)}, never([3, 17, 11])),
     ],
-    ids=str,
     ids=lambda value: "" if callable(value) else "-".join(f"{name}={setting}" for name, setting in value.items()),
 )
 def test_rules_follow_prompt_and_new_tokens(options, rule):
