@@ -71,7 +71,7 @@ def token_cross_entropy(
     weights = tf.reshape(tf.cast(weights, tf.float32), (-1,))  # [K]
     labels = tf.where(tf.equal(weights, 0.0), 0, labels)  # A look-up of -100 would fail, or worse, not fail.
     settings = _Settings(
-        label_smoothing, z_loss, chunk_tokens or min(max(model_dim // 2, _MIN_CHUNK_TOKENS), _MAX_CHUNK_TOKENS)
+        label_smoothing, z_loss, chunk_tokens or min(max(model_dim // 3, _MIN_CHUNK_TOKENS), _MAX_CHUNK_TOKENS)
     )
 
     @tf.custom_gradient
