@@ -11,10 +11,10 @@ Tensor = Any
 
 
 class TokenEmbedding(keras.layers.Layer):
-    """Rows of one table, looked up on the way in and multiplied with on the way out.
+    """Rows of one table, looked up on the way in; `head_table` is what the output head multiplies with.
 
     Shapes:
-        token_ids [B, T] int32; returns [B, T, D]. `logits` takes [..., D] and returns [..., V] float32.
+        token_ids [B, T] int32; returns [B, T, D].
 
     Args:
         vocab_size: V.
@@ -49,10 +49,6 @@ class TokenEmbedding(keras.layers.Layer):
     def head_table(self) -> Tensor:
         """The table [V, D] in the compute dtype, as the output head multiplies with it."""
         return ops.cast(self.embeddings, self.compute_dtype)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of every token: products in the compute dtype, given as float32."""
-        return ops.cast(ops.matmul(hidden, ops.transpose(self.head_table())), "float32")
 
     def get_config(self) -> dict[str, Any]:
         """Arguments of the constructor."""

@@ -171,11 +171,7 @@ def _chunked_sums(
             by_hidden = tf.cast(tf.matmul(products, table), tf.float32) * tf.expand_dims(factor, 1)
             label_rows = tf.cast(tf.gather(table, chunk_labels), tf.float32)
             hidden_gradients.append(by_hidden - tf.expand_dims(label_weights, 1) * label_rows)
-            by_table = [
-                tf.cast(tf.matmul(products[:, start:stop], scaled_hidden, transpose_a=True), tf.float32)
-                for start, stop in table_blocks
-            ]
-            table_gradients = [a + b for a, b in zip(table_gradients or [0.0] * len(by_table), by_table, strict=True)]
+            table_gradients = _add_products(table_gradients, products, scaled_hidden, table_blocks)
             if bias is not None:
                 bias_gradient += tf.linalg.matvec(probabilities, factor, transpose_a=True)
 
@@ -201,6 +197,23 @@ def _chunked_sums(
         table_gradient -= tf.linalg.matvec(hidden, smoothed, transpose_a=True)
         bias_gradient -= tf.reduce_sum(smoothed)
     return _Sums(loss, correct, (hidden_gradient, table_gradient, bias_gradient)[: 2 if bias is None else 3])
+
+
+def _add_products(
+    totals: list[Tensor], products: Tensor, hidden: Tensor, blocks: list[tuple[int, int]]
+) -> list[Tensor]:
+    """`totals` plus the rows of `products.T @ hidden`, block by block, so that one block at a time is in memory.
+
+    Shapes:
+        products [K, V], hidden [K, D]; a total is [V / blocks, D] float32; no totals are zeros.
+    """
+    sums: list[Tensor] = []
+    for number, (start, stop) in enumerate(blocks):
+        with tf.control_dependencies(sums[-1:]):
+            columns = products[:, start:stop]
+        block = tf.cast(tf.matmul(columns, hidden, transpose_a=True), tf.float32)
+        sums.append(totals[number] + block if totals else block)
+    return sums
 
 
 def _blocks(vocab_size: int, model_dim: int) -> list[tuple[int, int]]:

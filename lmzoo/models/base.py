@@ -180,6 +180,7 @@ class LanguageModel(ReplicatedModel):
         *,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        jit_compile: bool | str = "auto",
         **kwargs: Any,
     ) -> None:
         """Configures training. Without arguments: the architecture's own objective, and AdamW.
@@ -190,6 +191,7 @@ class LanguageModel(ReplicatedModel):
             loss: None for token cross-entropy without logits in memory; a Keras loss gets the logits.
             label_smoothing: epsilon of the own objective, in [0, 1).
             z_loss: factor of the own objective's log(Z) ** 2.
+            jit_compile: compile the step with XLA. "auto" does so on GPUs only (Keras's does on CPUs too).
             kwargs: as in `ReplicatedModel.compile`.
         """
         if not 0.0 <= label_smoothing < 1.0:
@@ -200,7 +202,9 @@ class LanguageModel(ReplicatedModel):
         if optimizer is None:
             with self.distribute_strategy.scope():
                 optimizer = make_optimizer("adamw", 3e-4, beta_2=0.95)
-        super().compile(optimizer=optimizer, loss=loss, **kwargs)
+        if jit_compile == "auto":
+            jit_compile = bool(tf.config.list_physical_devices("GPU"))
+        super().compile(optimizer=optimizer, loss=loss, jit_compile=jit_compile, **kwargs)
 
     def get_compile_config(self) -> dict[str, Any]:
         """Arguments of `compile`, as `.keras` files hold them."""
