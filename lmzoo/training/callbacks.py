@@ -67,7 +67,7 @@ class MetricsLog(keras.callbacks.Callback):
 
     def _record(self, logs: dict[str, Any]) -> None:
         loss = self.model.metrics[0]
-        sums = (float(loss.total), float(loss.count))
+        sums = (_number(loss.total), _number(loss.count))
         weight = sums[1] - self._last_sums[1]
         mean = (sums[0] - self._last_sums[0]) / weight if weight else math.nan
         now = time.perf_counter()
@@ -79,7 +79,7 @@ class MetricsLog(keras.callbacks.Callback):
             {
                 "step": self.step,
                 "loss": mean,
-                "learning_rate": float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)),
+                "learning_rate": _number(self.model.optimizer.learning_rate),
                 "gradient_norm": float(logs.get("gradient_norm", math.nan)),
                 "tokens": self.step * self.tokens_per_step,
                 "tokens_per_second": round(speed, 1),
@@ -101,6 +101,11 @@ class MetricsLog(keras.callbacks.Callback):
             for name, value in record.items():
                 if name != "step" and value is not None:
                     tf.summary.scalar(name, value)
+
+
+def _number(scalar: Any) -> float:
+    """The value of a scalar, be it a tensor or a variable, mirrored or not."""
+    return float(keras.ops.convert_to_numpy(scalar))
 
 
 def _step_of(line: str) -> float:

@@ -28,6 +28,7 @@ from lmzoo.training.checkpointing import CheckpointStore, Progress
 from lmzoo.training.evaluation import Evaluation, evaluate_model
 
 _TOKENIZER_KINDS = ("bpe", "wordpiece", "unigram", "char")
+_SETTINGS = "pretrain.json"
 # What may change between a run and its continuation without changing what is learnt.
 _FREE = ("directory", "strategy", "log_every", "keep", "steps_per_execution", "verbose")
 
@@ -176,26 +177,16 @@ def pretrain(
     config = dataclasses.replace(config, **fields) if config is not None else PretrainConfig(**fields)
     model_class, shape = find_preset(config.preset)
     directory = Path(config.directory)
-    _remember(config, directory)
-    tokenizer, training, validation = _data(config, shape, directory, say)
+    store = CheckpointStore(directory / "checkpoints", keep=config.keep)
+    is_known = _is_known(config, directory, has_checkpoints=bool(store.steps()))
+    tokenizer, training, validation = _data(config, shape, directory, is_known, say)
+    _write_settings(config, directory)  # After the data: settings that are written down are those it was made with.
+    store.extras = tokenizer.save_pretrained
     shape = _shape(config, shape, tokenizer)
-
     strategy = make_strategy(config.strategy)
     plan = BatchPlan.of_global(config.batch_size, strategy, config.micro_batches)
-    keras.utils.set_random_seed(config.seed)
     with strategy.scope():
-        model = model_class(shape, dtype=config.dtype)
-        model.compile(
-            _optimizer(config),
-            micro_batches=config.micro_batches,
-            label_smoothing=config.label_smoothing,
-            z_loss=config.z_loss,
-            jit_compile=config.jit_compile,
-            steps_per_execution=config.steps_per_execution,
-        )
-        model.optimizer.build(model.trainable_variables)
-
-    store = CheckpointStore(directory / "checkpoints", keep=config.keep, extras=tokenizer.save_pretrained)
+        model = _model(config, model_class, shape)
     progress = store.restore(model) or Progress()
     objective = Causal(separate_documents=config.separate_documents)
 
@@ -231,6 +222,7 @@ def pretrain(
         stop = min(config.steps, (progress.step // config.evaluate_every + 1) * config.evaluate_every)
         part = batches(training, start_index=progress.next_example, num_examples=stop * config.batch_size)
         log.begin_round(progress.step)
+        skipped = model.skipped_steps
         number = progress.step // config.evaluate_every
         model.fit(
             part.dataset(), shuffle=False, initial_epoch=number, epochs=number + 1, verbose=verbose, callbacks=[log]
@@ -239,12 +231,7 @@ def pretrain(
         scores = evaluate_model(model, held_out, max_batches=None if is_last else config.evaluation_batches)
         log.write({"step": stop, **{f"validation_{name}": value for name, value in dataclasses.asdict(scores).items()}})
         say(f"step {stop}: validation loss {scores.loss:.4f}, perplexity {scores.perplexity:.2f}")
-        if not math.isfinite(scores.loss):
-            newest = store.path(progress.step) if progress.step else "none"
-            raise FloatingPointError(
-                f"the validation loss is {scores.loss} at step {stop}; the last good checkpoint is {newest}. "
-                "Try a lower learning rate, or a longer warm-up."
-            )
+        _check_finite(scores.loss, model.skipped_steps - skipped, progress.step, stop, store, say)
         progress = _advance(progress, stop, stop * config.batch_size, scores.loss)
         store.save(model, progress)
         _point(directory / "last", store.path(progress.step))
@@ -268,46 +255,72 @@ def make_tokenizer(tokenizer: str, sources: Sequence[str], vocab_size: int | Non
     return Tokenizer.from_pretrained(tokenizer)
 
 
-def _remember(config: PretrainConfig, directory: Path) -> None:
-    """Writes down the settings of a new run, or checks that they are those of the run that lies there."""
-    path = directory / "pretrain.json"
-    values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+def _is_known(config: PretrainConfig, directory: Path, *, has_checkpoints: bool) -> bool:
+    """Whether what lies in the directory was made with these settings.
+
+    Raises:
+        ValueError: it was made with others, and there are checkpoints of them.
+    """
+    path = directory / _SETTINGS
+    values = _settings(config)
+    before: dict[str, Any] = {}
     if path.exists():
         try:
             before = json.loads(path.read_bytes())
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}); remove the run {directory}, or choose another.") from None
-        changed = [
-            f"{name} was {before.get(name)!r} and is {value!r}"
-            for name, value in values.items()
-            if name not in _FREE and before.get(name) != value
-        ]
-        if changed:
-            raise ValueError(
-                f"{directory} holds a run with other settings: {'; '.join(changed)}. Choose another directory, or "
-                "remove that one."
-            )
-        return
+    changed = [
+        f"{name} was {before.get(name)!r} and is {value!r}"
+        for name, value in values.items()
+        if name not in _FREE and before.get(name) != value
+    ]
+    if not changed:
+        return True
+    if before and has_checkpoints:
+        raise ValueError(
+            f"{directory} holds a run with other settings: {'; '.join(changed)}. Choose another directory, or "
+            "remove that one."
+        )
+    return False
+
+
+def _settings(config: PretrainConfig) -> dict[str, Any]:
+    """The settings as JSON holds them."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return values
+
+
+def _write_settings(config: PretrainConfig, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    temporary = directory / f"{_SETTINGS}.tmp"
+    temporary.write_text(json.dumps(_settings(config), indent=2) + "\n", encoding="utf-8")
+    temporary.replace(directory / _SETTINGS)
 
 
 def _data(
-    config: PretrainConfig, shape: ModelConfig, directory: Path, say: Callable[[str], None]
+    config: PretrainConfig, shape: ModelConfig, directory: Path, is_known: bool, say: Callable[[str], None]
 ) -> tuple[Tokenizer, Corpus, Corpus]:
-    """The tokenizer, and the corpora to train and to validate on; made first if they are not there."""
+    """The tokenizer, and the corpora to train and to validate on.
+
+    A corpus of the run's own is made first, unless the one in its directory was made with the same settings.
+    """
     prepared = config.corpus
     if prepared is None:
         prepared = directory / "corpus"
-        if (prepared / "tokenizer").is_dir():
+        if is_known and (prepared / "tokenizer").is_dir():
             tokenizer = Tokenizer.from_pretrained(prepared / "tokenizer")
         else:
             say(f"tokenizer: {config.tokenizer}; text: {', '.join(config.source)}")
             size = config.vocab_size or (None if config.tokenizer == "char" else shape.vocab_size)
             tokenizer = make_tokenizer(config.tokenizer, config.source, size)
-        prepare(config.source, tokenizer, prepared, validation_fraction=config.validation_fraction, seed=config.seed)
+        prepare(
+            config.source,
+            tokenizer,
+            prepared,
+            validation_fraction=config.validation_fraction,
+            seed=config.seed,
+            overwrite=not is_known,
+        )
     tokenizer = Tokenizer.from_pretrained(prepared / "tokenizer")
     return tokenizer, Corpus.open(prepared / "train", tokenizer), Corpus.open(prepared / "validation", tokenizer)
 
@@ -323,6 +336,22 @@ def _shape(config: PretrainConfig, shape: ModelConfig, tokenizer: Tokenizer) -> 
     )
 
 
+def _model(config: PretrainConfig, model_class: type[LanguageModel], shape: ModelConfig) -> LanguageModel:
+    """The model to train, compiled, with the variables of its optimizer."""
+    keras.utils.set_random_seed(config.seed)
+    model = model_class(shape, dtype=config.dtype)
+    model.compile(
+        _optimizer(config),
+        micro_batches=config.micro_batches,
+        label_smoothing=config.label_smoothing,
+        z_loss=config.z_loss,
+        jit_compile=config.jit_compile,
+        steps_per_execution=config.steps_per_execution,
+    )
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
 def _optimizer(config: PretrainConfig) -> keras.optimizers.Optimizer:
     schedule = make_schedule(
         config.schedule,
@@ -334,6 +363,21 @@ def _optimizer(config: PretrainConfig) -> keras.optimizers.Optimizer:
     betas: dict[str, Any] = {"beta_2": config.beta_2} if config.optimizer in ("adamw", "lamb") else {}
     return make_optimizer(
         config.optimizer, schedule, weight_decay=config.weight_decay, global_clipnorm=config.clip_norm, **betas
+    )
+
+
+def _check_finite(
+    loss: float, skipped: int, start: int, stop: int, store: CheckpointStore, say: Callable[[str], None]
+) -> None:
+    """Stops a run that has lost its way; a few skipped steps are only told."""
+    if math.isfinite(loss) and skipped < stop - start:
+        if skipped:
+            say(f"skipped {skipped} of {stop - start} steps, whose gradients were not finite")
+        return
+    what = f"the validation loss is {loss}" if not math.isfinite(loss) else "no gradient was finite"
+    newest = store.path(start) if start else "none"
+    raise FloatingPointError(
+        f"{what} at step {stop}; the last good checkpoint is {newest}. Try a lower learning rate, or a longer warm-up."
     )
 
 

@@ -3,6 +3,7 @@ import json
 import lzma
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -165,6 +166,32 @@ def test_other_settings_in_the_same_directory_are_refused(text, whole_run):
     config = settings(text, whole_run.directory, learning_rate=0.5)
     with pytest.raises(ValueError, match=r"learning_rate was 0.01 and is 0.5.*another directory"):
         pretrain(config, say=lambda line: None)
+
+
+def test_settings_may_change_until_there_is_a_checkpoint(text, tmp_path):
+    def vocab_size(**changes):
+        return pretrain(settings(text, tmp_path, steps=1, **changes), say=lambda line: None).tokenizer.vocab_size
+
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        vocab_size(source=("nothing.txt",))
+    assert vocab_size(vocab_size=270) == 270
+    with pytest.raises(ValueError, match="vocab_size was 270 and is 280"):
+        vocab_size(vocab_size=280)
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert vocab_size(vocab_size=280) == 280
+
+
+def test_a_run_without_a_finite_gradient_stops(text, tmp_path, monkeypatch):
+    def broken(self, *arguments, **keywords):
+        sums = compute_sums(self, *arguments, **keywords)
+        return {**sums, "loss": (sums["loss"][0] * math.nan, sums["loss"][1])} if keywords["training"] else sums
+
+    compute_sums = GPTModel.compute_sums
+    monkeypatch.setattr(GPTModel, "compute_sums", broken)
+    with pytest.raises(
+        FloatingPointError, match=r"no gradient was finite at step 10; the last good checkpoint is none"
+    ):
+        pretrain(settings(text, tmp_path), say=lambda line: None)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path):
