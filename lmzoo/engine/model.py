@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import keras
 import tensorflow as tf
 
 from lmzoo.engine import reduction, update
+from lmzoo.engine.loop import make_function
 from lmzoo.engine.metrics import GlobalMean
 from lmzoo.engine.strategy import has_only_gpus, is_tpu, spec_of_one_replica, spread
 
@@ -24,7 +26,11 @@ class _State:
 
     metrics: dict[str, list[GlobalMean]]
     skipped_steps: tf.Variable
+    skipped_in_a_row: tf.Variable
+    recent_loss: tf.Variable  # [2]: sum of weighted losses and of weights, since they were last taken
     accumulated_weight: tf.Variable
+    stop_wish: tf.Variable  # Of this worker alone, though it is stored like a mirrored one.
+    stop_wishes: tf.Variable
 
 
 class ReplicatedModel(keras.Model):
@@ -104,7 +110,11 @@ class ReplicatedModel(keras.Model):
                     name: [each] if isinstance(each, GlobalMean) else list(each) for name, each in declared.items()
                 },
                 skipped_steps=tf.Variable(0, dtype=tf.int64, trainable=False, name="skipped_steps"),
+                skipped_in_a_row=tf.Variable(0, dtype=tf.int64, trainable=False, name="skipped_in_a_row"),
+                recent_loss=tf.Variable([0.0, 0.0], trainable=False, name="recent_loss"),
                 accumulated_weight=tf.Variable(0.0, trainable=False, name="accumulated_weight"),
+                stop_wish=tf.Variable(0.0, trainable=False, name="stop_wish"),
+                stop_wishes=tf.Variable(0.0, trainable=False, name="stop_wishes"),
             )
         if "loss" not in self._state.metrics:
             raise ValueError(f'sum_metrics() must name "loss", but names {sorted(declared)}.')
@@ -137,23 +147,44 @@ class ReplicatedModel(keras.Model):
         return int(self._state.skipped_steps.numpy())
 
     @property
+    def skipped_in_a_row(self) -> int:
+        """How many of the newest training steps, without a break, changed nothing for that reason."""
+        return int(self._state.skipped_in_a_row.numpy())
+
+    def take_recent_loss(self) -> float:
+        """Returns the mean training loss since this was last called, NaN if no step counted; and begins anew.
+
+        It is part of `training_state`, so that it does not depend on where training was stopped in between.
+        """
+        total, weight = self._state.recent_loss.numpy().tolist()
+        self._state.recent_loss.assign([0.0, 0.0])
+        return total / weight if weight else math.nan
+
+    def ask_to_stop(self) -> None:
+        """Asks all workers to stop: `is_asked_to_stop` turns true on every one of them with the next training step."""
+        self._state.stop_wish.assign(1.0)
+
+    @property
+    def is_asked_to_stop(self) -> bool:
+        """Whether any worker had asked to stop when the newest training step began; all see the same."""
+        return bool(self._state.stop_wishes.numpy())
+
+    @property
     def training_state(self) -> dict[str, tf.Variable]:
         """What a checkpoint has to hold beside weights and optimizer, for training to go on as if never stopped."""
-        return {
-            "skipped_steps": self._state.skipped_steps,
-            "accumulated_weight": self._state.accumulated_weight,
-        }
+        names = ("skipped_steps", "skipped_in_a_row", "recent_loss", "accumulated_weight")
+        return {name: getattr(self._state, name) for name in names}
 
     def make_train_function(self, force: bool = False) -> None:
         """Makes `train_function(iterator) -> logs`, which `fit` and `train_on_batch` call."""
         if self.train_function is None or force:
             self._build_optimizer()
-            self.train_function = self._make_function(self._train_replica, names=["gradient_norm"])
+            self.train_function = make_function(self, self._compiled(self._train_replica), names=["gradient_norm"])
 
     def make_test_function(self, force: bool = False) -> None:
         """Makes `test_function(iterator) -> logs`, which `evaluate` and `test_on_batch` call."""
         if self.test_function is None or force:
-            self.test_function = self._make_function(self._test_replica)
+            self.test_function = make_function(self, self._compiled(self._test_replica))
 
     def predict_on_batch(self, x: Any) -> Any:
         """Returns the predictions for one batch, each row predicted once, whatever the number of replicas."""
@@ -198,63 +229,6 @@ class ReplicatedModel(keras.Model):
                     "or one worker only. Create it inside the same `with strategy.scope():`, or pass its name."
                 )
 
-    def _make_function(self, replica_step: Callable[[Any], Logs], names: Sequence[str] = ()) -> Callable[[Any], Logs]:
-        """Returns a function that runs up to `steps_per_execution` steps and returns the logs after the last.
-
-        Args:
-            replica_step: what each replica does with its part of a batch.
-            names: the scalars that `replica_step` returns, which are added to the logs.
-        """
-        strategy, steps = self.distribute_strategy, self.steps_per_execution
-        replica_step = self._compiled(replica_step)
-
-        def run_one(data: Any) -> Logs:
-            data = keras.tree.map_structure(_optional_to_none, data)
-            results = strategy.run(replica_step, args=(data,))
-            return {name: strategy.experimental_local_results(results[name])[0] for name in names}
-
-        def run_batch(data: Any) -> Logs:
-            last = run_one(data)
-            return self.get_metrics_result() | last
-
-        def run_next(iterator: Any) -> Logs:
-            return run_batch(next(iterator))
-
-        def run_several(iterator: Any) -> tuple[tf.Tensor, Logs]:
-            def body(done: tf.Tensor, more: tf.Tensor, last: Logs) -> tuple[tf.Tensor, tf.Tensor, Logs]:
-                batch = iterator.get_next_as_optional()
-                more = batch.has_value()
-                last = tf.cond(more, lambda: run_one(batch.get_value()), lambda: last)
-                return done + tf.cast(more, tf.int32), more, last
-
-            done, _, last = tf.while_loop(
-                lambda done, more, _: more & (done < steps),
-                body,
-                [tf.constant(0), tf.constant(True), {name: tf.constant(0.0) for name in names}],
-                parallel_iterations=1,
-            )
-            return done, self.get_metrics_result() | last
-
-        if not self.run_eagerly:
-            run_batch, run_next, run_several = (
-                tf.function(each, autograph=False, reduce_retracing=True) for each in (run_batch, run_next, run_several)
-            )
-
-        def function(iterator: Any) -> Logs:
-            if not isinstance(iterator, (tf.data.Iterator, tf.distribute.DistributedIterator)):
-                logs: Logs = {}
-                for _, data in zip(range(steps), iterator, strict=False):
-                    logs = run_batch(spread(data, strategy))
-                return logs
-            if steps == 1:
-                return run_next(iterator)
-            done, logs = run_several(iterator)
-            if int(done) == 0:
-                raise StopIteration
-            return logs
-
-        return function
-
     def _compiled(self, replica_step: Callable[[Any], Logs]) -> Callable[[Any], Logs]:
         """Compiles a replica's step with XLA if asked to; a TPU strategy does that by itself."""
         if not self.jit_compile or self.run_eagerly or is_tpu(self.distribute_strategy):
@@ -275,7 +249,7 @@ class ReplicatedModel(keras.Model):
         alone = replicas == 1 and self._micro_batches == 1 and not optimizer.gradient_accumulation_steps
         gradients, packed = self._local_gradients(keras.utils.unpack_x_y_sample_weight(data), scale, as_mean=alone)
         variables, gradients = update.connected(self.trainable_variables, gradients)
-        *gradients, packed = reduction.all_reduce_sum([*gradients, packed])
+        *gradients, packed, wishes = reduction.all_reduce_sum([*gradients, packed, self._state.stop_wish.read_value()])
         value, weight = reduction.unpack(packed, list(self._state.metrics))["loss"]
         accumulation = update.Accumulation(optimizer, variables, self._state.accumulated_weight)
         gradients, weight = accumulation.add(gradients, weight)
@@ -291,7 +265,11 @@ class ReplicatedModel(keras.Model):
         accumulation.keep(gradients, weight, finite, ready)
         update.update_loss_scale(self.optimizer, finite)
         self._state.skipped_steps.assign_add(tf.cast(~finite, tf.int64))
-        self._report(packed, skip_not_finite=True)
+        in_a_row = self._state.skipped_in_a_row.read_value()
+        self._state.skipped_in_a_row.assign(tf.where(finite, tf.zeros_like(in_a_row), in_a_row + 1))
+        self._state.stop_wishes.assign(wishes)
+        loss = self._report(packed, skip_not_finite=True)["loss"]
+        self._state.recent_loss.assign_add(tf.stack(loss))
         return {"gradient_norm": norm}
 
     def _test_replica(self, data: Any) -> Logs:
@@ -384,16 +362,13 @@ class ReplicatedModel(keras.Model):
             self._compile_metrics.update_state(labels, outputs, weights)
         return sums
 
-    def _report(self, packed: tf.Tensor, skip_not_finite: bool = False) -> None:
-        """Adds the sums of a step, over all replicas, to the metrics."""
+    def _report(self, packed: tf.Tensor, skip_not_finite: bool = False) -> Sums:
+        """Adds the sums of a step, over all replicas, to the metrics, and returns what was added."""
         if skip_not_finite:
             kept = tf.cast(tf.reduce_all(tf.math.is_finite(packed)), packed.dtype)
             packed = tf.math.multiply_no_nan(packed, kept)
-        for name, sums in reduction.unpack(packed, list(self._state.metrics)).items():
+        added = reduction.unpack(packed, list(self._state.metrics))
+        for name, sums in added.items():
             for metric in self._state.metrics[name]:
                 metric.add_sums(*sums)
-
-
-def _optional_to_none(leaf: Any) -> Any:
-    """Keras stands an empty tf Optional where a dataset element is None."""
-    return None if isinstance(leaf, tf.experimental.Optional) else leaf
+        return added

@@ -146,6 +146,29 @@ class TestMean:
         assert logs["loss"] == pytest.approx(0.5 * float((before**2).sum()), rel=1e-5)
 
 
+class TestWhatRunsAskFor:
+    def test_recent_loss_is_that_of_the_steps_since_it_was_taken(self):
+        model = linear(keras.optimizers.SGD(0.0))
+        model.kernel.assign([1.0, 0.0])
+        assert np.isnan(model.take_recent_loss())
+        take_step(model, [[1, 0], [3, 0]], [3.0, 1.0])
+        take_step(model, [[2, 0]], [4.0])
+        assert model.take_recent_loss() == pytest.approx(-(3 + 3 + 8) / 8)
+        take_step(model, [[np.nan, 0]])
+        assert np.isnan(model.take_recent_loss())
+        take_step(model, [[5, 0]])
+        assert model.take_recent_loss() == pytest.approx(-5.0)
+
+    def test_a_wish_to_stop_is_seen_with_the_next_step(self):
+        model = linear(keras.optimizers.SGD(0.0))
+        take_step(model, [[1, 0]])
+        assert not model.is_asked_to_stop
+        model.ask_to_stop()
+        assert not model.is_asked_to_stop
+        take_step(model, [[1, 0]])
+        assert model.is_asked_to_stop
+
+
 class TestNotFinite:
     @pytest.mark.parametrize("optimizer", ["adamw", "nadam"])
     def test_no_variable_changes_and_the_step_is_counted(self, optimizer):
@@ -175,10 +198,21 @@ class TestNotFinite:
         rows = np.array([[1.0, 2.0]], "float32")
         model.train_on_batch(rows, np.array([np.inf], "float32"))
         np.testing.assert_array_equal(model.kernel.numpy(), [0.0, 0.0])
-        assert {name: float(variable) for name, variable in model.training_state.items()} == {
+        assert {name: variable.numpy().tolist() for name, variable in model.training_state.items()} == {
             "skipped_steps": 1,
-            "accumulated_weight": 0,
+            "skipped_in_a_row": 1,
+            "recent_loss": [0.0, 0.0],
+            "accumulated_weight": 0.0,
         }
+
+    def test_skipped_steps_in_a_row_are_those_since_the_last_good_one(self):
+        model = linear(keras.optimizers.SGD(1.0))
+        counts = []
+        for value in (np.nan, np.inf, 1.0, np.nan, 1.0):
+            take_step(model, [[1, value]])
+            counts.append(model.skipped_in_a_row)
+        assert counts == [1, 2, 0, 1, 0]
+        assert model.skipped_steps == 3
 
     def test_loss_scale_halves_and_doubles(self):
         optimizer = keras.optimizers.LossScaleOptimizer(
