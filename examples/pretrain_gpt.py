@@ -64,10 +64,7 @@ def main() -> None:
         description=__doc__,
         config=(tyro.conf.FlagConversionOff,),
     )
-    result = pretrain(config)
-    scores = result.validation
-    print(f"validation loss {scores.loss:.4f} nats a token, {scores.bits_per_byte:.3f} bits per byte")
-    print(f"best checkpoint: {result.checkpoint}")
+    pretrain(config)
 
 
 if __name__ == "__main__":

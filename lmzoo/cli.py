@@ -14,6 +14,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Before TensorFlow is loade
 
 import tyro
 
+from lmzoo.engine.launch import launch
 from lmzoo.generation.sampling import SamplingOptions
 from lmzoo.training import PretrainConfig
 
@@ -67,9 +68,7 @@ def pretrain(config: FlatPretrainConfig) -> None:
     """Train a model on text; the same command again goes on where it was stopped."""
     from lmzoo.training import pretrain as run
 
-    result = run(config)
-    print(f"best checkpoint: {result.checkpoint}")
-    print(json.dumps(dataclasses.asdict(result.validation)))
+    run(config)
 
 
 def evaluate(
@@ -153,19 +152,24 @@ def export(
     print(generator.export(directory, version=version))
 
 
-_COMMANDS: dict[str, Callable[..., None]] = {
+_COMMANDS: dict[str, Callable[..., int | None]] = {
     "prepare": prepare,
     "pretrain": pretrain,
     "evaluate": evaluate,
     "generate": generate,
     "export": export,
+    "launch": launch,
 }
 
 
 def main(args: list[str] | None = None) -> None:
     """Runs a command. Exit status 2 for bad usage, 1 for a failure, which is told in one line."""
     try:
-        tyro.extras.subcommand_cli_from_dict(_COMMANDS, prog="lmzoo", args=args, config=(tyro.conf.FlagConversionOff,))
+        sys.exit(
+            tyro.extras.subcommand_cli_from_dict(
+                _COMMANDS, prog="lmzoo", args=args, config=(tyro.conf.FlagConversionOff,)
+            )
+        )
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"lmzoo: {error}", file=sys.stderr)
         sys.exit(1)

@@ -17,6 +17,31 @@ def closest(name: str, known: list[str]) -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ActivationBytes:
+    """Memory that a training step needs for a batch, in bytes; see `ModelConfig.activation_bytes`.
+
+    Args:
+        num_blocks: how many blocks there are.
+        block: what a block keeps of its forward pass until it goes backward.
+        block_backward: the most that exists at a time while a block goes backward, what it keeps included.
+        block_input: what is kept of a block instead if it is recomputed: what it is given.
+        shared: what is given to all blocks alike, and kept if they are recomputed.
+        ends: what is kept outside of the blocks.
+        head_tokens: tokens that the loss scores.
+        head_dim: D, the width of their hidden states.
+    """
+
+    num_blocks: int
+    block: int
+    block_backward: int
+    block_input: int
+    shared: int
+    ends: int
+    head_tokens: int
+    head_dim: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Shape of a language model: frozen, validated, and equal to its dictionary form.
 
@@ -108,6 +133,16 @@ class ModelConfig:
 
         Reference:
             Chowdhery et al. 2022, "PaLM", appendix B.
+        """
+        raise NotImplementedError
+
+    def activation_bytes(self, rows: int, seq_length: int, compute_bytes: int) -> ActivationBytes:
+        """What one step of training keeps and makes of `rows` rows of packed documents, beside weights and gradients.
+
+        Args:
+            rows: B, on one device at a time.
+            seq_length: T, tokens a row.
+            compute_bytes: of a number in the compute dtype: 4 for float32, 2 under a mixed policy.
         """
         raise NotImplementedError
 

@@ -10,6 +10,7 @@ import atexit
 import math
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -137,13 +138,16 @@ class Batches:
             raise IndexError(f"no batch {step}; there are {self.num_batches}, counted from 0")
         return self.examples(self._indices(step, 0, 1))
 
-    def dataset(self, num_shards: int = 1, shard_index: int = 0, replicas: int = 1) -> "tf.data.Dataset":
+    def dataset(
+        self, num_shards: int = 1, shard_index: int = 0, replicas: int = 1, on_made: Callable[[int], None] | None = None
+    ) -> "tf.data.Dataset":
         """Gives the batches as a `tf.data.Dataset` of static shapes, whose length is known if it has one.
 
         Args:
             num_shards: input pipelines that share the work, one a machine; each makes its own part of every batch.
             shard_index: which of them this is.
             replicas: parts into which the shard's part of a batch is cut again, which follow one another as elements.
+            on_made: is given the number of each element that has been made, by whatever thread made it.
         """
         import tensorflow as tf
 
@@ -162,8 +166,14 @@ class Batches:
         names = list(self.examples(self._indices(0, 0, parts))[0])
         specs = [tf.TensorSpec(array.shape, array.dtype) for array in make(np.zeros((), np.int64))]
 
+        def make_and_tell(element: np.ndarray) -> list[np.ndarray]:
+            arrays = make(element)
+            if on_made is not None:
+                on_made(int(element))
+            return arrays
+
         def to_batch(element: "tf.Tensor") -> Any:
-            tensors = tf.numpy_function(make, [element], [spec.dtype for spec in specs], stateful=False)
+            tensors = tf.numpy_function(make_and_tell, [element], [spec.dtype for spec in specs], stateful=False)
             for tensor, spec in zip(tensors, specs, strict=True):
                 tensor.set_shape(spec.shape)
             *inputs, labels, weights = tensors
@@ -183,14 +193,16 @@ class Batches:
         made = elements.map(to_batch, num_parallel_calls=_PARALLEL_CALLS, deterministic=True)
         return made.prefetch(_PREFETCH).with_options(options)
 
-    def dataset_fn(self, context: "tf.distribute.InputContext") -> "tf.data.Dataset":
+    def dataset_fn(
+        self, context: "tf.distribute.InputContext", on_made: Callable[[int], None] | None = None
+    ) -> "tf.data.Dataset":
         """Gives a machine's part, for `strategy.distribute_datasets_from_function(batches.dataset_fn)`.
 
         Every replica gets its own slice of the global batch, and the machines together get all of it. The length that
         `tf.distribute` gives to the result counts one machine's slices: pass `num_batches` as the number of steps.
         """
         shards = context.num_input_pipelines
-        return self.dataset(shards, context.input_pipeline_id, context.num_replicas_in_sync // shards)
+        return self.dataset(shards, context.input_pipeline_id, context.num_replicas_in_sync // shards, on_made)
 
     def _indices(self, step: int, part: int, parts: int) -> np.ndarray:
         size = self.batch_size // parts

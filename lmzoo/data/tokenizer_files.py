@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -51,16 +50,6 @@ def load(path: Path) -> Loaded:
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f"Cannot read {file} as a tokenizer.json: {error}") from error
     return backend, _configured_roles(config)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file under a temporary name and moves it into place, so that no reader ever sees half of it."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _load_gpt2(file: Path, config: dict[str, Any]) -> Loaded:

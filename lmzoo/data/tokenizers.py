@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, overload
 import tokenizers
 
 from lmzoo.data import tokenizer_files, tokenizer_training
+from lmzoo.files import write_whole
 
 if TYPE_CHECKING:
     from lmzoo.data.graph_tokenizers import GraphTokenizer
@@ -120,7 +121,7 @@ class Tokenizer:
             "tokenizer.json": self._backend.to_str(pretty=True),
         }
         for name, text in files.items():
-            tokenizer_files.write_whole(directory / name, text)
+            write_whole(directory / name, text)
 
     # ---- using
 

@@ -14,6 +14,7 @@ import tensorflow as tf
 from lmzoo.engine import reduction, update
 from lmzoo.engine.loop import make_function
 from lmzoo.engine.metrics import GlobalMean
+from lmzoo.engine.randomness import own_randomness
 from lmzoo.engine.strategy import has_only_gpus, is_tpu, spec_of_one_replica, spread
 
 Sums = reduction.Sums
@@ -39,7 +40,8 @@ class ReplicatedModel(keras.Model):
     The gradient of a step is that of (sum of weighted losses over all replicas and micro-batches) / (sum of weights
     over all of them). It is reduced in one all-reduce, then checked, then clipped, then applied on every replica. A
     step whose loss or reduced gradients are not finite, on whichever replica that began, changes no variable but the
-    loss scale, and is counted in `skipped_steps`; a step with no weight at all changes nothing.
+    loss scale, and is counted in `skipped_steps`; a step with no weight at all changes nothing. Each replica draws
+    random numbers of its own (dropout), while the states of the seed generators are the same on all.
 
     A subclass implements `compute_sums`, and builds its weights in `__init__` (or before `fit`), under
     `strategy.scope()` if there is a strategy. Create the optimizer under the same scope.
@@ -247,7 +249,9 @@ class ReplicatedModel(keras.Model):
         scale = update.loss_scale(self.optimizer)
         # Alone, a replica's mean is the mean: no sum to divide.
         alone = replicas == 1 and self._micro_batches == 1 and not optimizer.gradient_accumulation_steps
-        gradients, packed = self._local_gradients(keras.utils.unpack_x_y_sample_weight(data), scale, as_mean=alone)
+        batch = keras.utils.unpack_x_y_sample_weight(data)
+        with own_randomness(self):
+            gradients, packed = self._local_gradients(batch, scale, as_mean=alone)
         variables, gradients = update.connected(self.trainable_variables, gradients)
         *gradients, packed, wishes = reduction.all_reduce_sum([*gradients, packed, self._state.stop_wish.read_value()])
         value, weight = reduction.unpack(packed, list(self._state.metrics))["loss"]

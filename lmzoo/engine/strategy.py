@@ -125,6 +125,28 @@ def has_only_gpus(strategy: tf.distribute.Strategy) -> bool:
     return all("GPU" in device for device in strategy.extended.worker_devices)
 
 
+def is_chief(strategy: tf.distribute.Strategy) -> bool:
+    """Whether this process is the one that writes files for all."""
+    return bool(strategy.extended.should_checkpoint)
+
+
+def num_workers(strategy: tf.distribute.Strategy) -> int:
+    """How many processes train together."""
+    return int(getattr(strategy.extended, "_num_workers", 1))
+
+
+def wait_for_all(strategy: tf.distribute.Strategy) -> None:
+    """Returns once every worker has come here."""
+    if num_workers(strategy) == 1:
+        return
+
+    @tf.function(autograph=False)
+    def meet() -> Any:
+        return strategy.run(lambda: tf.distribute.get_replica_context().all_reduce("sum", tf.constant(1.0)))
+
+    strategy.experimental_local_results(meet())[0].numpy()
+
+
 def spread(batch: Any, strategy: tf.distribute.Strategy) -> Any:
     """Gives each replica its share of a global batch that is not distributed yet, as a distributed dataset does.
 

@@ -124,7 +124,9 @@ class SelfAttention(keras.layers.Layer):
         shape = ops.shape(inputs)
         qkv = ops.reshape(self.qkv(inputs), (*shape[:2], 3, self.num_heads, self.head_dim))  # [B, T, 3, N, H]
         query, key, value = ops.unstack(ops.transpose(qkv, (2, 0, 3, 1, 4)), axis=0)  # 3 x [B, N, T, H]
-        query = query * (self.scale or 1.0 / math.sqrt(self.head_dim))
+        # By a vector: TensorFlow fuses a scalar factor, product and bias into one op that is many times slower on CPUs.
+        scale = self.scale or 1.0 / math.sqrt(self.head_dim)
+        query = query * ops.full((self.head_dim,), scale, dtype=self.compute_dtype)
         if cache is not None:
             cache = cache.write(layer, key, value)
             key, value = cache.keys[layer], cache.values[layer]  # [B, N, S, H]

@@ -17,6 +17,7 @@ from lmzoo.config import ModelConfig
 from lmzoo.engine.metrics import GlobalMean, Perplexity
 from lmzoo.engine.model import ReplicatedModel
 from lmzoo.engine.optimizers import make_optimizer
+from lmzoo.engine.recompute import recomputed
 from lmzoo.generation.decode import Decoder, StreamedTokens
 from lmzoo.generation.sampling import SamplingOptions
 from lmzoo.layers import KeyValueCache, token_cross_entropy
@@ -48,6 +49,7 @@ class LanguageModel(ReplicatedModel):
         super().__init__(**kwargs)
         self.config = config
         self._label_smoothing = self._z_loss = 0.0
+        self._remat: str | None = None
 
     # -- What an architecture implements.
 
@@ -180,6 +182,7 @@ class LanguageModel(ReplicatedModel):
         *,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        remat: str | None = None,
         jit_compile: bool | str = "auto",
         **kwargs: Any,
     ) -> None:
@@ -191,6 +194,7 @@ class LanguageModel(ReplicatedModel):
             loss: None for token cross-entropy without logits in memory; a Keras loss gets the logits.
             label_smoothing: epsilon of the own objective, in [0, 1).
             z_loss: factor of the own objective's log(Z) ** 2.
+            remat: "block" keeps only the inputs of each block and computes the rest again going backward.
             jit_compile: compile the step with XLA. "auto" does so on GPUs only (Keras's does on CPUs too).
             kwargs: as in `ReplicatedModel.compile`.
         """
@@ -198,7 +202,9 @@ class LanguageModel(ReplicatedModel):
             raise ValueError(f"label_smoothing is {label_smoothing!r}, but must lie in [0, 1).")
         if z_loss < 0.0:
             raise ValueError(f"z_loss is {z_loss!r}, but must be 0 or more.")
-        self._label_smoothing, self._z_loss = label_smoothing, z_loss
+        if remat not in (None, "block"):
+            raise ValueError(f'remat is {remat!r}, but must be "block" or None.')
+        self._label_smoothing, self._z_loss, self._remat = label_smoothing, z_loss, remat
         if optimizer is None:
             with self.distribute_strategy.scope():
                 optimizer = make_optimizer("adamw", 3e-4, beta_2=0.95)
@@ -209,7 +215,8 @@ class LanguageModel(ReplicatedModel):
     def get_compile_config(self) -> dict[str, Any]:
         """Arguments of `compile`, as `.keras` files hold them."""
         config = super().get_compile_config()
-        return {**config, "label_smoothing": self._label_smoothing, "z_loss": self._z_loss} if config else config
+        own = {"label_smoothing": self._label_smoothing, "z_loss": self._z_loss, "remat": self._remat}
+        return {**config, **own} if config else config
 
     def sum_metrics(self) -> dict[str, GlobalMean | Sequence[GlobalMean]]:
         """Loss, perplexity and token accuracy."""
@@ -231,6 +238,14 @@ class LanguageModel(ReplicatedModel):
             training=training,
         )
         return {"loss": (sums.loss, sums.weight), "accuracy": (sums.correct, sums.weight)}
+
+    def run_block(self, block: keras.layers.Layer, /, *tensors: Any, training: bool | None = None, **more: Any) -> Any:
+        """`block(*tensors, training=training, **more)`, for `features`: with what `compile(remat=...)` says.
+
+        All that has a gradient is in `tensors`, which may hold None.
+        """
+        run = functools.partial(recomputed, block) if training and self._remat else block
+        return run(*tensors, training=training, **more)
 
     # -- Decoding.
 
@@ -305,8 +320,7 @@ class LanguageModel(ReplicatedModel):
 
     def decoder(self, max_new_tokens: int, options: SamplingOptions, **kwargs: Any) -> Decoder:
         """The decoding loop of this model, to be called inside a graph of one's own."""
-        eos_token_id = self.config.eos_token_id
-        pad_token_id = self.config.pad_token_id
+        eos_token_id, pad_token_id = self.config.eos_token_id, self.config.pad_token_id
         return Decoder(
             self.decode_step,
             self.init_cache,

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 import keras
 from keras import ops
 
-from lmzoo.config import ModelConfig
+from lmzoo.config import ActivationBytes, ModelConfig
 from lmzoo.layers import (
     FeedForward,
     KeyValueCache,
@@ -39,6 +39,8 @@ _ACTIVATIONS = {
     "swish": "silu",
     "tanh": "tanh",
 }
+# Tensors [B, T, F] that the backward pass of an activation reads, its own outputs among them.
+_ACTIVATIONS_KEPT = {"gelu_tanh": 5, "gelu": 4, "silu": 2, "relu": 1, "tanh": 1}
 # What config.json may ask for that GPT-2's released models do not have -> what they have.
 _UNREAD_OPTIONS = {
     "tie_word_embeddings": True,
@@ -132,6 +134,35 @@ class GPTConfig(ModelConfig):
         """6 for each weight that multiplies a token (the table as output head), and 12 L D T for attention."""
         multiplied = self.count_params() - self.context_length * self.model_dim
         return 6.0 * multiplied + 12.0 * self.num_layers * self.model_dim * seq_length
+
+    def activation_bytes(self, rows: int, seq_length: int, compute_bytes: int) -> ActivationBytes:
+        """The tensors that the backward pass of a `GPTBlock` reads, one by one; layer norms and softmax are float32."""
+        size = compute_bytes
+        hidden = rows * seq_length * self.model_dim
+        inner = rows * seq_length * self.inner_dim
+        scores = rows * self.num_heads * seq_length * seq_length
+        is_mixed, drops = size < 4, self.dropout_rate > 0.0
+        norm = (4 + 4 + size) * hidden  # Its inputs, their factors (gamma / deviation, for each number), its outputs.
+        heads = (3 + 1 + 1) * size * hidden  # Queries, keys and values; scaled queries; outputs of the heads.
+        feedforward = _ACTIVATIONS_KEPT[self.activation] * size * inner
+        mask = scores if drops else 0
+        attention = (4 + (size if is_mixed or drops else 0)) * scores + mask  # Softmax; as cast, or after dropout.
+        block = 2 * norm + heads + feedforward + attention + (2 * hidden if drops else 0)
+        # Going backward, the feed-forward network comes first. Its activations are gone when the attention's gradients
+        # come: of the probabilities, their product with those, and of the scores.
+        through_feedforward = block + (2 * 4 + (size if is_mixed else 0)) * inner + 2 * 4 * hidden
+        in_attention = (16 + size if is_mixed else 12) * scores + mask
+        through_attention = block - feedforward - norm - attention + in_attention + 3 * 4 * hidden
+        return ActivationBytes(
+            num_blocks=self.num_layers,
+            block=block,
+            block_backward=max(through_feedforward, through_attention),
+            block_input=size * hidden,
+            shared=rows * seq_length * seq_length * size,  # The attention bias, [B, 1, T, T].
+            ends=norm + 4 * hidden + (hidden if drops else 0),
+            head_tokens=rows * seq_length,
+            head_dim=self.model_dim,
+        )
 
     @classmethod
     def from_hugging_face(cls, values: Mapping[str, Any]) -> Self:
@@ -357,7 +388,7 @@ class GPTModel(LanguageModel):
             segment_ids=segment_ids,
         )
         for layer, block in enumerate(self.blocks):
-            hidden, cache = block(hidden, bias, cache=cache, layer=layer, training=training)
+            hidden, cache = self.run_block(block, hidden, bias, cache=cache, layer=layer, training=training)
         hidden = self.final_norm(hidden)
         return hidden if cache is None else (hidden, cache.advance(num_tokens))
 

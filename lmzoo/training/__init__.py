@@ -1,6 +1,6 @@
 """Recipes: pretraining and evaluation, from text to a checkpoint and its numbers."""
 
 from lmzoo.training.evaluation import evaluate as evaluate
-from lmzoo.training.pretraining import PretrainConfig as PretrainConfig
 from lmzoo.training.pretraining import make_tokenizer as make_tokenizer
 from lmzoo.training.pretraining import pretrain as pretrain
+from lmzoo.training.settings import PretrainConfig as PretrainConfig

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import keras
 import tensorflow as tf
+
+from lmzoo.engine.model import ReplicatedModel
+from lmzoo.files import write_whole
 
 
 class MetricsLog(keras.callbacks.Callback):
@@ -20,81 +24,98 @@ class MetricsLog(keras.callbacks.Callback):
     of training in this process. Evaluation and checkpoints do not count as training time.
 
     Args:
-        directory: of the run.
+        directory: of the run; None writes nothing (on all workers but one).
         every: steps between two records, >= 1.
         tokens_per_step: in a global batch.
         flops_per_token: of a training step.
         peak_flops: floating-point operations a second that the devices reach together, or None.
-        first_step: steps done before this run.
+        check: is given step and loss of each record, and may raise.
     """
+
+    model: ReplicatedModel
 
     def __init__(
         self,
-        directory: Path,
+        directory: Path | None,
         *,
         every: int,
         tokens_per_step: int,
         flops_per_token: float,
         peak_flops: float | None,
-        first_step: int = 0,
+        check: Callable[[int, float], None],
     ) -> None:
         super().__init__()
-        self.path = directory / "metrics.jsonl"
+        self.path = None if directory is None else directory / "metrics.jsonl"
         self.every = every
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
-        self.seconds = 0.0
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():  # Steps after the checkpoint that training goes on from are going to be done again.
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= first_step]
-            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self._summary = tf.summary.create_file_writer(str(directory / "tensorboard"))
+        self.check = check
+        self.seconds = self._new_seconds = 0.0
+        self._summary = None if directory is None else tf.summary.create_file_writer(str(directory / "tensorboard"))
 
-    def begin_round(self, step: int) -> None:
-        """Says how many steps were done when the next call of `fit` begins."""
-        self.step = self._first_step = step
-        self._since = time.perf_counter()
-        self._last_step = step
-        self._last_sums = (0.0, 0.0)
+    def go_back_to(self, step: int, *, evaluated: bool) -> None:
+        """Forgets what came after a step, because it is going to be done again.
+
+        Args:
+            step: of the checkpoint that training goes on from, 0 at the start.
+            evaluated: whether that checkpoint has been evaluated.
+        """
+        self.step = self._recorded_step = step
+        self._new_seconds = 0.0
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _is_before(line, step, evaluated)]
+            write_whole(self.path, "".join(line + "\n" for line in kept))
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Starts the clock."""
+        self._first_step, self._since = self.step, time.perf_counter()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Stops the clock."""
+        self._new_seconds += time.perf_counter() - self._since
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Counts the step, and writes a record if it is time."""
-        self.step = self._first_step + batch + 1  # Of several steps in one execution, Keras reports the last.
-        if self.step // self.every > self._last_step // self.every:
+        before, self.step = self.step, self._first_step + batch + 1  # Of several in one execution, Keras says the last.
+        if self.step // self.every > before // self.every:
             self._record(logs or {})
 
     def _record(self, logs: dict[str, Any]) -> None:
-        loss = self.model.metrics[0]
-        sums = (_number(loss.total), _number(loss.count))
-        weight = sums[1] - self._last_sums[1]
-        mean = (sums[0] - self._last_sums[0]) / weight if weight else math.nan
+        loss = self.model.take_recent_loss()
         now = time.perf_counter()
-        seconds, steps = now - self._since, self.step - self._last_step
+        seconds, steps = self._new_seconds + now - self._since, self.step - self._recorded_step
         self.seconds += seconds
         speed = steps * self.tokens_per_step / seconds
         mfu = speed * self.flops_per_token / self.peak_flops if self.peak_flops else None
         self.write(
             {
                 "step": self.step,
-                "loss": mean,
+                "loss": loss,
                 "learning_rate": _number(self.model.optimizer.learning_rate),
-                "gradient_norm": float(logs.get("gradient_norm", math.nan)),
+                "gradient_norm": _number(logs.get("gradient_norm", math.nan)),
                 "tokens": self.step * self.tokens_per_step,
                 "tokens_per_second": round(speed, 1),
                 "mfu": None if mfu is None else round(mfu, 4),
                 "seconds": round(self.seconds, 3),
             }
         )
-        self._since, self._last_step, self._last_sums = now, self.step, sums
+        self._since, self._new_seconds, self._recorded_step = now, 0.0, self.step
+        self.check(self.step, loss)
 
     def close(self) -> None:
         """Closes the TensorBoard file."""
-        self._summary.close()
+        if self._summary is not None:
+            self._summary.close()
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends a record, which names its step."""
+        if self.path is None or self._summary is None:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         with self._summary.as_default(step=record["step"]):
@@ -108,11 +129,13 @@ def _number(scalar: Any) -> float:
     return float(keras.ops.convert_to_numpy(scalar))
 
 
-def _step_of(line: str) -> float:
+def _is_before(line: str, step: int, evaluated: bool) -> bool:
+    """Whether a line of metrics.jsonl is of a step that is not going to be done again."""
     try:
-        return json.loads(line)["step"]
+        record = json.loads(line)
+        return record["step"] <= step - (0 if evaluated or "validation_loss" not in record else 1)
     except (ValueError, KeyError, TypeError):
-        return math.inf  # A line cut short by a killed run.
+        return False  # Cut short when the process was killed.
 
 
 def measure_peak_flops(dtype: str, *, size: int = 1536, seconds: float = 0.25) -> float:

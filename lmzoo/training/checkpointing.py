@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -16,7 +18,10 @@ from typing import Any
 import keras
 import numpy as np
 import safetensors.numpy
+import tensorflow as tf
 
+from lmzoo.engine.averaging import averaged_weights, swap_averages
+from lmzoo.files import point, write_whole
 from lmzoo.models import LanguageModel
 
 _STATE = "training_state.safetensors"
@@ -35,27 +40,48 @@ class Progress:
     Args:
         step: optimizer steps done.
         next_example: index of the first example that has not been trained on.
-        validation_loss: mean loss at this step, None if it was not evaluated.
+        replicas: how many devices took part in the newest of these steps.
+        validation_loss: mean loss at this step, None if it has not been evaluated.
         best_step: step with the lowest validation loss so far, None if none was evaluated.
         best_loss: that loss.
+        recent_losses: training losses of the newest records, oldest first.
+        skipped_examples: what was left out on purpose, as (first index, index after the last).
     """
 
     step: int = 0
     next_example: int = 0
+    replicas: int = 1
     validation_loss: float | None = None
     best_step: int | None = None
     best_loss: float | None = None
+    recent_losses: tuple[float, ...] = ()
+    skipped_examples: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Progress:
+        """The inverse of `dataclasses.asdict`, from JSON too."""
+        skipped = tuple((first, end) for first, end in values.get("skipped_examples", ()))
+        return cls(**{**values, "recent_losses": tuple(values.get("recent_losses", ())), "skipped_examples": skipped})
+
+    def evaluated(self, loss: float) -> Progress:
+        """The same with the validation loss of this step."""
+        if self.best_loss is None or loss < self.best_loss:
+            return dataclasses.replace(self, validation_loss=loss, best_step=self.step, best_loss=loss)
+        return dataclasses.replace(self, validation_loss=loss)
 
 
 class CheckpointStore:
-    """The checkpoints of a run: `<directory>/step-00001000/` and so on.
+    """The checkpoints of a run: `<directory>/checkpoints/step-00001000/` and so on, with links `last` and `best`.
 
     Each holds config.json and model.safetensors (so `from_pretrained` and transformers open it), whatever `extras`
     puts beside them, the state of optimizer and random generators, and a manifest with the SHA-256 of every file. It
     is written under a temporary name and renamed when it is whole. The newest `keep` stay, and the best one.
 
+    An optimizer that averages the weights has its averages published: they are in model.safetensors, and the weights
+    that training goes on from are in the state.
+
     Args:
-        directory: where they lie; made if it is missing.
+        directory: of the run; made if it is missing.
         keep: how many of the newest to keep, >= 1.
         extras: writes more files (a tokenizer) into a directory.
     """
@@ -63,7 +89,8 @@ class CheckpointStore:
     def __init__(self, directory: Path, *, keep: int = 2, extras: Callable[[Path], None] | None = None) -> None:
         if keep < 1:
             raise ValueError(f"keep is {keep}, but at least 1 checkpoint has to be kept.")
-        self.directory = directory
+        self.run = directory
+        self.directory = directory / "checkpoints"
         self.keep = keep
         self.extras = extras
 
@@ -82,38 +109,70 @@ class CheckpointStore:
         """Writes a checkpoint, and then removes those that are no longer wanted.
 
         Raises:
+            FloatingPointError: a weight is not finite; nothing has been written.
             OSError: it could not be written whole (a full disk, say). The ones before it are as they were.
         """
         target = self.path(progress.step)
         temporary = self.directory / f".{target.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._sweep()
         try:
-            model.save_pretrained(temporary)
-            if self.extras is not None:
-                self.extras(temporary)
-            state = {name: np.asarray(value, order="C") for name, value in _state(model).items()}
-            (temporary / _STATE).write_bytes(safetensors.numpy.save(state))
+            with averaged_weights(model.optimizer):
+                _check_finite(model, progress.step)
+                self._check_space(model)
+                temporary.mkdir()
+                model.save_pretrained(temporary)
+                if self.extras is not None:
+                    self.extras(temporary)
+                state = {name: np.asarray(value, order="C") for name, value in _state(model).items()}
+                (temporary / _STATE).write_bytes(safetensors.numpy.save(state))
             manifest = {
                 "progress": dataclasses.asdict(progress),
                 "optimizer": type(model.optimizer).__name__,
                 "sha256": _digests(temporary),
             }
-            _write_durably(temporary / _PROGRESS, json.dumps(manifest, indent=2).encode())
-            shutil.rmtree(target, ignore_errors=True)
+            _write_manifest(temporary, manifest)
+            if target.exists():  # Of the same step, from before training was turned back.
+                target.rename(self.directory / f".{target.name}.old")
             temporary.rename(target)
-        except BaseException as error:
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"the checkpoint of step {progress.step} could not be written: {error.strerror or error}. "
+                "Those before it are as they were; make room and start again to go on from there.",
+                str(target),
+            ) from error
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise OSError(
-                    error.errno,
-                    f"the checkpoint of step {progress.step} could not be written: {error.strerror or error}. "
-                    "Those before it are as they were; make room and start again to go on from there.",
-                    str(target),
-                ) from error
-            raise
-        self._prune(progress)
+        self._settle(progress)
         return target
+
+    def save_evaluation(self, progress: Progress) -> None:
+        """Adds the validation loss to the checkpoint of its step, which is there already."""
+        directory = self.path(progress.step)
+        manifest = json.loads((directory / _PROGRESS).read_bytes())
+        _write_manifest(directory, {**manifest, "progress": dataclasses.asdict(progress)})
+        self._settle(progress)
+
+    def discard(self, step: int) -> None:
+        """Removes the checkpoint of a step that has turned out to be of no use."""
+        self.path(step).rename(self.directory / f".{self.path(step).name}.old")
+        if steps := self.steps():
+            point(self.run / "last", self.path(steps[-1]))
+        else:
+            (self.run / "last").unlink(missing_ok=True)
+            (self.run / "best").unlink(missing_ok=True)
+        self._sweep()
+
+    def bytes_needed(self, model: LanguageModel) -> int:
+        """Bytes that a checkpoint of a model takes, without what `extras` adds."""
+        variables = [*model.checkpoint_variables().values(), *_state_variables(model).values()]
+        return sum(math.prod(variable.shape) * tf.as_dtype(variable.dtype).size for variable in variables)
+
+    def missing_bytes(self, model: LanguageModel) -> int:
+        """Bytes by which the disk is too small for one more checkpoint; 0 or less if there is room."""
+        directory = next(path for path in (self.directory, *self.directory.absolute().parents) if path.is_dir())
+        return self.bytes_needed(model) - shutil.disk_usage(directory).free
 
     def restore(self, model: LanguageModel) -> Progress | None:
         """Loads the newest checkpoint that is whole into a model built and compiled like the one saved.
@@ -153,17 +212,30 @@ class CheckpointStore:
         model.load_pretrained_weights(directory)
         for name, value in state.items():
             variables[name].assign(value)
-        return Progress(**manifest["progress"])
+        swap_averages(model.optimizer)  # Those published are the averages.
+        return Progress.from_dict(manifest["progress"])
 
-    def _prune(self, progress: Progress) -> None:
+    def _check_space(self, model: LanguageModel) -> None:
+        missing = self.missing_bytes(model)
+        if missing > 0:
+            raise OSError(errno.ENOSPC, f"it needs {missing:,} bytes more than are left on the disk")
+
+    def _settle(self, progress: Progress) -> None:
+        """Points the links at the newest and the best, and then removes what is no longer wanted."""
+        best = self.path(progress.best_step if progress.best_step is not None else progress.step)
+        point(self.run / "last", self.path(progress.step))
+        point(self.run / "best", best if best.is_dir() else self.path(progress.step))
         steps = self.steps()
-        wanted = {*steps[-self.keep :], progress.best_step}
         for step in steps:
-            if step not in wanted:
+            if step not in (*steps[-self.keep :], progress.best_step):
                 # A rename first: a directory that is only half removed must not be taken for a checkpoint.
-                doomed = self.directory / f".{self.path(step).name}.old"
-                self.path(step).rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                self.path(step).rename(self.directory / f".{self.path(step).name}.old")
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Removes what is half written or half removed."""
+        for path in self.directory.glob(".step-*"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _state_variables(model: LanguageModel) -> dict[str, Any]:
@@ -196,11 +268,17 @@ def _digest(path: Path) -> str:
     return digest
 
 
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    write_whole(directory / _PROGRESS, json.dumps(manifest, indent=2) + "\n")
+
+
+def _check_finite(model: LanguageModel, step: int) -> None:
+    for name, variable in model.checkpoint_variables().items():
+        if not keras.ops.all(keras.ops.isfinite(variable.value)):
+            raise FloatingPointError(
+                f"{name} is not finite at step {step}, so no checkpoint is written. Try a lower learning rate, or a "
+                "longer warm-up."
+            )
 
 
 def _verified(directory: Path) -> dict[str, Any]:

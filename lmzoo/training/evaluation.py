@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import tensorflow as tf
 
 from lmzoo.checkpoints import find_checkpoint
 from lmzoo.data.corpus import Corpus
@@ -37,6 +41,19 @@ class Evaluation:
     num_tokens: int
 
 
+def share_out(batches: Batches, strategy: tf.distribute.Strategy, on_made: Callable[[int], None] | None = None) -> Any:
+    """The batches as a dataset for a strategy: on several devices, each machine makes its own part of every batch.
+
+    Args:
+        batches: their size must be a multiple of the number of replicas.
+        strategy: of the model.
+        on_made: see `Batches.dataset`.
+    """
+    if strategy.num_replicas_in_sync == 1:
+        return batches.dataset(on_made=on_made)
+    return strategy.distribute_datasets_from_function(functools.partial(batches.dataset_fn, on_made=on_made))
+
+
 def evaluate_model(
     model: LanguageModel, batches: Batches, *, max_batches: int | None = None, verbose: Any = 0
 ) -> Evaluation:
@@ -53,7 +70,8 @@ def evaluate_model(
     if total is None:
         raise ValueError("the batches never end: give Batches epochs=1 to evaluate on them.")
     steps = total if max_batches is None else min(max_batches, total)
-    logs = model.evaluate(batches.dataset().take(steps), steps=steps, return_dict=True, verbose=verbose)
+    dataset = share_out(batches, model.distribute_strategy)
+    logs = model.evaluate(dataset, steps=steps, return_dict=True, verbose=verbose)
     loss = float(logs["loss"])
     unpredicted = corpus.num_documents if batches.objective.separate_documents else 1
     num_tokens = corpus.num_tokens - unpredicted

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import keras
+import tensorflow as tf
 
 from lmzoo.config import ModelConfig
 from lmzoo.data.corpus import Corpus
@@ -19,119 +19,19 @@ from lmzoo.data.pipeline import Batches
 from lmzoo.data.prepare import prepare
 from lmzoo.data.sources import read_documents
 from lmzoo.data.tokenizers import Tokenizer
+from lmzoo.engine.averaging import averaged_weights, swap_averages
 from lmzoo.engine.optimizers import make_optimizer
 from lmzoo.engine.schedules import make_schedule
-from lmzoo.engine.strategy import BatchPlan, make_strategy
+from lmzoo.engine.strategy import BatchPlan, is_chief, make_strategy, num_workers, wait_for_all
 from lmzoo.models import LanguageModel, find_preset
 from lmzoo.training.callbacks import MetricsLog, measure_peak_flops
 from lmzoo.training.checkpointing import CheckpointStore, Progress
-from lmzoo.training.evaluation import Evaluation, evaluate_model
+from lmzoo.training.evaluation import Evaluation, evaluate_model, share_out
+from lmzoo.training.guards import LossGuard, LossSpikeError, StallWatch, StopOnTermination, Termination
+from lmzoo.training.settings import PretrainConfig, is_known, write_settings
 
 _TOKENIZER_KINDS = ("bpe", "wordpiece", "unigram", "char")
-_SETTINGS = "pretrain.json"
-# What may change between a run and its continuation without changing what is learnt.
-_FREE = ("directory", "strategy", "log_every", "keep", "steps_per_execution", "verbose")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """All that a pretraining run depends on; also the flags of `lmzoo pretrain`."""
-
-    directory: Path = Path("runs/pretrain")
-    """Where the run lies: corpus, checkpoints and logs. Started again with the same settings, it goes on."""
-    source: tuple[str, ...] = ("pydoc",)
-    """Text: files, globs, *.jsonl, *.parquet, tfds:NAME, or pydoc (the help and docstrings of Python itself)."""
-    corpus: Path | None = None
-    """Directory written by `lmzoo prepare`, instead of a source."""
-    tokenizer: str = "bpe"
-    """Kind to train on the source (bpe, wordpiece, unigram or char), or a directory or file to load."""
-    validation_fraction: float = 0.05
-    """Share of the documents that is held out."""
-
-    preset: str = "gpt2-nano"
-    """Shape of the model."""
-    vocab_size: int | None = None
-    """Size of a tokenizer that is trained; by default that of the preset."""
-    context_length: int | None = None
-    """Positions of the model, and tokens a row; by default those of the preset."""
-    num_layers: int | None = None
-    """Instead of the preset's."""
-    num_heads: int | None = None
-    """Instead of the preset's."""
-    model_dim: int | None = None
-    """Instead of the preset's."""
-    dropout_rate: float = 0.0
-    """In training; 0 suits a text that is read only a few times."""
-
-    steps: int = 1000
-    """Optimizer steps."""
-    batch_size: int = 16
-    """Rows in a global batch, over all devices and micro-batches."""
-    micro_batches: int = 1
-    """Parts that each device splits its batch into, to save memory."""
-    separate_documents: bool = True
-    """Whether attention keeps to a document. If not, the corpus is one long text."""
-    optimizer: Literal["adamw", "adafactor", "lamb", "lion", "muon"] = "adamw"
-    """How gradients become updates."""
-    learning_rate: float = 1e-3
-    """At its peak."""
-    schedule: Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"] = "cosine"
-    """How the learning rate falls after the warm-up."""
-    warmup_steps: int = 100
-    """Steps in which the learning rate rises from 0."""
-    final_learning_rate: float = 0.1
-    """At the end, as a share of the peak."""
-    weight_decay: float = 0.1
-    """Of matrices; biases and norms never decay."""
-    beta_2: float = 0.95
-    """Of AdamW and LAMB: memory of the squared gradients."""
-    clip_norm: float | None = 1.0
-    """Largest global norm of the gradients."""
-    label_smoothing: float = 0.0
-    """Share of the target spread over the vocabulary."""
-    z_loss: float = 0.0
-    """Factor of log(Z) ** 2."""
-    dtype: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
-    """Precision of the computation; weights are float32."""
-    seed: int = 0
-    """Of the weights, the order of the rows and dropout."""
-
-    strategy: Literal["auto", "one", "mirrored"] = "auto"
-    """Devices: one, or all GPUs of this machine; auto takes all there are."""
-    jit_compile: bool = False
-    """Compile the step with XLA: faster on GPUs, and on CPUs for very small models."""
-    steps_per_execution: int = 1
-    """Steps that run between two looks of Python at them."""
-    evaluate_every: int = 250
-    """Steps between evaluations; a checkpoint is written each time."""
-    evaluation_batches: int | None = 100
-    """The most batches of each of them; none is all of the validation part. The last one takes all."""
-    log_every: int = 10
-    """Steps between records in metrics.jsonl."""
-    keep: int = 2
-    """How many of the newest checkpoints are kept, beside the best."""
-    verbose: Literal["auto", "0", "1", "2"] = "auto"
-    """Keras's progress: 0 none, 1 a bar, 2 a line for each evaluation."""
-
-    def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "micro_batches",
-            "steps_per_execution",
-            "evaluate_every",
-            "log_every",
-            "keep",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"PretrainConfig.{name} is {value!r}, but must be an integer of 1 or more.")
-        if not 0.0 < self.validation_fraction < 1.0:
-            raise ValueError(
-                f"PretrainConfig.validation_fraction is {self.validation_fraction}, but must lie in (0, 1)."
-            )
-        if not self.source and self.corpus is None:
-            raise ValueError("PretrainConfig.source is empty: name a text, or a prepared corpus.")
+_MOST_TURNS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,85 +61,246 @@ def pretrain(
     """Trains a model on text, evaluates it as it goes, and keeps its best and its newest checkpoints.
 
     Stopped at any moment and called again with the same settings, it goes on from the newest checkpoint that is whole,
-    with the examples that come next, as if it had never been stopped.
+    with the examples that come next, as if it had never been stopped; on other devices too. At SIGTERM it writes a
+    checkpoint and ends the process with status 0. Of several workers, which must share the directory, one writes.
 
     Args:
         config: the settings; or give its fields as keywords.
-        say: told what happens, a line at a time.
+        say: told what happens, a line at a time, on one worker.
         fields: fields of `PretrainConfig`.
 
     Raises:
         ValueError: a setting is out of range, or the directory holds a run with other settings.
         FileNotFoundError: a source or a corpus is missing.
-        FloatingPointError: the loss is not finite; the error names the step and the last good checkpoint.
-        OSError: a file could not be written. The checkpoints that are there are whole.
+        FloatingPointError: the loss is not finite, or jumps again and again; the error names the steps, the examples
+            they were made of and the last good checkpoint.
+        OSError: a file could not be written, or another worker is gone. The checkpoints that are there are whole.
     """
     config = dataclasses.replace(config, **fields) if config is not None else PretrainConfig(**fields)
-    model_class, shape = find_preset(config.preset)
-    directory = Path(config.directory)
-    store = CheckpointStore(directory / "checkpoints", keep=config.keep)
-    is_known = _is_known(config, directory, has_checkpoints=bool(store.steps()))
-    tokenizer, training, validation = _data(config, shape, directory, is_known, say)
-    _write_settings(config, directory)  # After the data: settings that are written down are those it was made with.
-    store.extras = tokenizer.save_pretrained
-    shape = _shape(config, shape, tokenizer)
-    strategy = make_strategy(config.strategy)
-    plan = BatchPlan.of_global(config.batch_size, strategy, config.micro_batches)
-    with strategy.scope():
-        model = _model(config, model_class, shape)
-    progress = store.restore(model) or Progress()
-    objective = Causal(separate_documents=config.separate_documents)
+    with Termination() as termination:
+        try:
+            return _Run(config, termination, say).finish()
+        except (tf.errors.UnavailableError, tf.errors.DeadlineExceededError) as error:
+            reason = next(iter(error.message.splitlines()), "")
+            raise ConnectionError(
+                f"lost another worker ({reason}). Start all of them again, to go on from the newest checkpoint."
+            ) from error
 
-    def batches(corpus: Corpus, **limits: Any) -> Batches:
+
+class _Run:
+    """A run, from where it stands to its end; `progress` is what its newest checkpoint holds."""
+
+    def __init__(self, config: PretrainConfig, termination: Termination, say: Callable[[str], None]) -> None:
+        self.config, self.termination, self.tell = config, termination, say
+        self.strategy = make_strategy(config.strategy, resolver=config.resolver, virtual_cpus=config.virtual_cpus)
+        termination.listen()
+        self.is_chief = is_chief(self.strategy)
+        self.say = say if self.is_chief else lambda line: None
+        self.plan = BatchPlan.of_global(config.batch_size, self.strategy, config.micro_batches)
+        self.directory = Path(config.directory)
+        self.store = CheckpointStore(self.directory, keep=config.keep)
+        model_class, shape = find_preset(config.preset)
+        if self.is_chief:
+            known = is_known(config, has_checkpoints=bool(self.store.steps()), say=self.say)
+            _make_data(config, shape, known, self.say)
+            write_settings(config)  # After the data: settings that are written down are those it was made with.
+        wait_for_all(self.strategy)
+        self.tokenizer, self.training, self.validation = _open_data(config)
+        self.store.extras = self.tokenizer.save_pretrained
+        self.shape = _shape(config, shape, self.tokenizer)
+        with self.strategy.scope():
+            self.model = make_model(config, model_class, self.shape)
+        self.progress = self.store.restore(self.model) or Progress(replicas=self.plan.replicas)
+        self.turns: collections.Counter[int] = collections.Counter()
+        self.guard = LossGuard(
+            max_skipped=min(config.max_skipped, config.steps),
+            spike_factor=config.spike_factor,
+            losses=self.progress.recent_losses,
+        )
+        peak = measure_peak_flops("bfloat16" if config.dtype == "mixed_bfloat16" else "float32")
+        self.log = MetricsLog(
+            self.directory if self.is_chief else None,
+            every=config.log_every,
+            tokens_per_step=config.batch_size * self.shape.context_length,
+            flops_per_token=self.shape.training_flops_per_token(self.shape.context_length),
+            peak_flops=peak * self.plan.replicas,
+            check=self._check_record,
+        )
+        self.log.go_back_to(self.progress.step, evaluated=self.progress.validation_loss is not None)
+
+    def finish(self) -> PretrainResult:
+        """Trains, evaluates and writes checkpoints until all steps are done."""
+        self._introduce()
+        scores = None
+        while True:
+            step = self.progress.step
+            is_due = step == self.config.steps or step % self.config.evaluate_every == 0
+            if step and is_due and self.progress.validation_loss is None:
+                scores = self._evaluate()
+            if step >= self.config.steps:
+                break
+            self._train()
+        self.log.close()
+        wait_for_all(self.strategy)
+        swap_averages(self.model.optimizer)
+        scores = scores or evaluate_model(self.model, self._batches(self.validation, shuffle=False, epochs=1))
+        best = self.store.path(self.progress.best_step or self.progress.step)
+        self.say(
+            f"validation loss {scores.loss:.4f} nats a token, {scores.bits_per_byte:.3f} bits per byte after step "
+            f"{self.progress.step}; best checkpoint: {best}"
+        )
+        return PretrainResult(self.directory, best, self.progress.step, scores, self.model, self.tokenizer)
+
+    def _introduce(self) -> None:
+        """Says what is going to happen."""
+        config, model, progress = self.config, self.model, self.progress
+        workers = num_workers(self.strategy)
+        self.say(
+            f"{type(model).__name__} {config.preset}: {model.count_params():,} parameters, {config.dtype}, {self.plan}"
+            + (f", on {workers} workers" if workers > 1 else "")
+        )
+        passes = config.steps * config.batch_size * self.shape.context_length / self.training.num_tokens
+        self.say(
+            f"{self.training.num_tokens:,} tokens of {self.training.num_documents:,} documents to train on, "
+            f"{self.validation.num_tokens:,} of {self.validation.num_documents:,} held out; {passes:.1f} passes in "
+            f"{config.steps} steps"
+        )
+        if progress.step:
+            self.say(f"going on after step {progress.step}, from {self.store.path(progress.step)}")
+        if progress.replicas != self.plan.replicas:
+            self.say(
+                f"the run was on {progress.replicas} replicas and is now on {self.plan.replicas}: the examples of each "
+                "step stay the same, sums are added up in another order"
+            )
+        self._look_for_room()
+
+    def _look_for_room(self) -> None:
+        """Says it if the next checkpoint would not find room, while there is time to make some."""
+        missing = self.store.missing_bytes(self.model)
+        if missing > 0 and self.progress.step < self.config.steps:
+            self.say(
+                f"the disk of {self.store.directory} is too full for the next checkpoint, by {missing:,} bytes of "
+                f"{self.store.bytes_needed(self.model):,}: make room before step {self._next_stop()}"
+            )
+
+    def _next_stop(self) -> int:
+        """The step after which the next checkpoint is written."""
+        every = (self.config.evaluate_every, self.config.checkpoint_every or self.config.evaluate_every)
+        return min(self.config.steps, *((self.progress.step // each + 1) * each for each in every))
+
+    def _batches(self, corpus: Corpus, **limits: Any) -> Batches:
         return Batches(
-            corpus, objective, seq_length=shape.context_length, batch_size=config.batch_size, seed=config.seed, **limits
+            corpus,
+            Causal(separate_documents=self.config.separate_documents),
+            seq_length=self.shape.context_length,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            **limits,
         )
 
-    held_out = batches(validation, shuffle=False, epochs=1)
-    tokens_per_step = config.batch_size * shape.context_length
-    peak = measure_peak_flops("bfloat16" if config.dtype == "mixed_bfloat16" else "float32") * plan.replicas
-    flops = shape.training_flops_per_token(shape.context_length)
-    say(f"{model_class.__name__} {config.preset}: {model.count_params():,} parameters, {config.dtype}, {plan}")
-    say(
-        f"{training.num_tokens:,} tokens of {training.num_documents:,} documents to train on, "
-        f"{validation.num_tokens:,} of {validation.num_documents:,} held out; "
-        f"{config.steps * tokens_per_step / training.num_tokens:.1f} passes in {config.steps} steps"
-    )
-    if progress.step:
-        say(f"going on after step {progress.step}, from {store.path(progress.step)}")
-
-    log = MetricsLog(
-        directory,
-        every=config.log_every,
-        tokens_per_step=tokens_per_step,
-        flops_per_token=flops,
-        peak_flops=peak,
-        first_step=progress.step,
-    )
-    verbose = config.verbose if config.verbose == "auto" else int(config.verbose)
-    scores: Evaluation | None = None
-    while progress.step < config.steps:
-        stop = min(config.steps, (progress.step // config.evaluate_every + 1) * config.evaluate_every)
-        part = batches(training, start_index=progress.next_example, num_examples=stop * config.batch_size)
-        log.begin_round(progress.step)
-        skipped = model.skipped_steps
-        number = progress.step // config.evaluate_every
-        model.fit(
-            part.dataset(), shuffle=False, initial_epoch=number, epochs=number + 1, verbose=verbose, callbacks=[log]
+    def _train(self) -> None:
+        """Trains up to the next checkpoint and writes it, unless the loss jumps on the way."""
+        config, before, stop = self.config, self.progress, self._next_stop()
+        part = self._batches(self.training, start_index=before.next_example, num_examples=self._example_at(stop))
+        watch = StallWatch(
+            config.stall_seconds,
+            self.tell,
+            lambda number: self._examples(before.step + number + 1, before.step + number + 1),
+            parts=self.plan.replicas // num_workers(self.strategy),
         )
-        is_last = stop == config.steps
-        scores = evaluate_model(model, held_out, max_batches=None if is_last else config.evaluation_batches)
-        log.write({"step": stop, **{f"validation_{name}": value for name, value in dataclasses.asdict(scores).items()}})
-        say(f"step {stop}: validation loss {scores.loss:.4f}, perplexity {scores.perplexity:.2f}")
-        _check_finite(scores.loss, model.skipped_steps - skipped, progress.step, stop, store, say)
-        progress = _advance(progress, stop, stop * config.batch_size, scores.loss)
-        store.save(model, progress)
-        _point(directory / "last", store.path(progress.step))
-        _point(directory / "best", store.path(progress.best_step or progress.step))
-    log.close()
-    scores = scores or evaluate_model(model, held_out)
-    best = store.path(progress.best_step or progress.step)
-    return PretrainResult(directory, best, progress.step, scores, model, tokenizer)
+        stopper = StopOnTermination(self.termination)
+        skipped = self.model.skipped_steps
+        epoch = before.step // config.evaluate_every
+        verbose = config.verbose if config.verbose == "auto" else int(config.verbose)
+        with self.termination.held():
+            try:
+                self.model.fit(
+                    share_out(part, self.strategy, watch.note_part),
+                    shuffle=False,
+                    steps_per_epoch=stop - before.step,
+                    initial_epoch=epoch,
+                    epochs=epoch + 1,
+                    verbose=verbose if self.is_chief else 0,
+                    callbacks=[self.log, watch, stopper],
+                )
+            except LossSpikeError as spike:
+                self._go_back(spike)
+                return
+            finally:
+                watch.stop()
+            step = self.log.step
+            if skipped := self.model.skipped_steps - skipped:
+                self.say(f"left out {skipped} of steps {before.step + 1} to {step}, which were not finite")
+            self.progress = dataclasses.replace(
+                before,
+                step=step,
+                next_example=self._example_at(step),
+                replicas=self.plan.replicas,
+                validation_loss=None,
+                recent_losses=tuple(self.guard.losses),
+            )
+            if self.is_chief:
+                self.store.save(self.model, self.progress)
+                self._look_for_room()
+        if stopper.stopped:
+            wait_for_all(self.strategy)
+            self.say(f"asked to end: step {step} is in {self.store.path(step)}, and the same command goes on from it")
+            raise SystemExit(0)
+
+    def _evaluate(self) -> Evaluation:
+        """Scores the weights on the held-out part, and adds the loss to their checkpoint."""
+        step = self.progress.step
+        limit = None if step == self.config.steps else self.config.evaluation_batches
+        held_out = self._batches(self.validation, shuffle=False, epochs=1)
+        with averaged_weights(self.model.optimizer):
+            scores = evaluate_model(self.model, held_out, max_batches=limit)
+        if not math.isfinite(scores.loss):
+            if self.is_chief:
+                self.store.discard(step)
+            raise FloatingPointError(
+                f"the validation loss is {scores.loss} at step {step}; {self._last_good()}. Try a lower learning rate, "
+                "or a longer warm-up."
+            )
+        values = {f"validation_{name}": value for name, value in dataclasses.asdict(scores).items()}
+        self.log.write({"step": step, **values})
+        self.say(f"step {step}: validation loss {scores.loss:.4f}, perplexity {scores.perplexity:.2f}")
+        self.progress = self.progress.evaluated(scores.loss)
+        if self.is_chief:
+            self.store.save_evaluation(self.progress)
+        return scores
+
+    def _go_back(self, spike: LossSpikeError) -> None:
+        """Goes back to the newest checkpoint, and on from there with examples that have not been seen."""
+        before, reached = self.progress, self._example_at(self.log.step)
+        self.turns[before.step] += 1
+        if not before.step or self.turns[before.step] > _MOST_TURNS:
+            why = f"{_MOST_TURNS} times since step {before.step}" if before.step else "before the first checkpoint"
+            raise FloatingPointError(f"{spike}, {why}; {self._last_good()}. Try a lower learning rate.")
+        restored = self.store.restore(self.model) or before
+        skipped = (restored.next_example, reached)
+        self.progress = dataclasses.replace(
+            restored, next_example=reached, skipped_examples=(*restored.skipped_examples, skipped)
+        )
+        self.guard.forget(restored.recent_losses)
+        self.log.go_back_to(restored.step, evaluated=restored.validation_loss is not None)
+        self.say(f"{spike}: back to step {restored.step}, and on without examples {skipped[0]} to {skipped[1] - 1}")
+
+    def _check_record(self, step: int, loss: float) -> None:
+        self.guard.check(
+            self.model, step, loss, lambda first, last: f"{self._examples(first, last)}; {self._last_good()}"
+        )
+
+    def _example_at(self, step: int) -> int:
+        """Index of the first example after a step of this part of the run."""
+        return self.progress.next_example + (step - self.progress.step) * self.config.batch_size
+
+    def _examples(self, first: int, last: int) -> str:
+        begin, end = self._example_at(first - 1), self._example_at(last)
+        return f"examples {begin} to {end - 1} of the order of seed {self.config.seed}"
+
+    def _last_good(self) -> str:
+        steps = self.store.steps()
+        return f"the last good checkpoint is {self.store.path(steps[-1]) if steps else 'none'}"
 
 
 def make_tokenizer(tokenizer: str, sources: Sequence[str], vocab_size: int | None = None) -> Tokenizer:
@@ -255,72 +316,30 @@ def make_tokenizer(tokenizer: str, sources: Sequence[str], vocab_size: int | Non
     return Tokenizer.from_pretrained(tokenizer)
 
 
-def _is_known(config: PretrainConfig, directory: Path, *, has_checkpoints: bool) -> bool:
-    """Whether what lies in the directory was made with these settings.
-
-    Raises:
-        ValueError: it was made with others, and there are checkpoints of them.
-    """
-    path = directory / _SETTINGS
-    values = _settings(config)
-    before: dict[str, Any] = {}
-    if path.exists():
-        try:
-            before = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); remove the run {directory}, or choose another.") from None
-    changed = [
-        f"{name} was {before.get(name)!r} and is {value!r}"
-        for name, value in values.items()
-        if name not in _FREE and before.get(name) != value
-    ]
-    if not changed:
-        return True
-    if before and has_checkpoints:
-        raise ValueError(
-            f"{directory} holds a run with other settings: {'; '.join(changed)}. Choose another directory, or "
-            "remove that one."
-        )
-    return False
+def _make_data(config: PretrainConfig, shape: ModelConfig, known: bool, say: Callable[[str], None]) -> None:
+    """Makes the run's own tokenizer and corpus, unless those in its directory were made with the same settings."""
+    if config.corpus is not None:
+        return
+    prepared = Path(config.directory) / "corpus"
+    if known and (prepared / "tokenizer").is_dir():
+        tokenizer = Tokenizer.from_pretrained(prepared / "tokenizer")
+    else:
+        say(f"tokenizer: {config.tokenizer}; text: {', '.join(config.source)}")
+        size = config.vocab_size or (None if config.tokenizer == "char" else shape.vocab_size)
+        tokenizer = make_tokenizer(config.tokenizer, config.source, size)
+    prepare(
+        config.source,
+        tokenizer,
+        prepared,
+        validation_fraction=config.validation_fraction,
+        seed=config.seed,
+        overwrite=not known,
+    )
 
 
-def _settings(config: PretrainConfig) -> dict[str, Any]:
-    """The settings as JSON holds them."""
-    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    return values
-
-
-def _write_settings(config: PretrainConfig, directory: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f"{_SETTINGS}.tmp"
-    temporary.write_text(json.dumps(_settings(config), indent=2) + "\n", encoding="utf-8")
-    temporary.replace(directory / _SETTINGS)
-
-
-def _data(
-    config: PretrainConfig, shape: ModelConfig, directory: Path, is_known: bool, say: Callable[[str], None]
-) -> tuple[Tokenizer, Corpus, Corpus]:
-    """The tokenizer, and the corpora to train and to validate on.
-
-    A corpus of the run's own is made first, unless the one in its directory was made with the same settings.
-    """
-    prepared = config.corpus
-    if prepared is None:
-        prepared = directory / "corpus"
-        if is_known and (prepared / "tokenizer").is_dir():
-            tokenizer = Tokenizer.from_pretrained(prepared / "tokenizer")
-        else:
-            say(f"tokenizer: {config.tokenizer}; text: {', '.join(config.source)}")
-            size = config.vocab_size or (None if config.tokenizer == "char" else shape.vocab_size)
-            tokenizer = make_tokenizer(config.tokenizer, config.source, size)
-        prepare(
-            config.source,
-            tokenizer,
-            prepared,
-            validation_fraction=config.validation_fraction,
-            seed=config.seed,
-            overwrite=not is_known,
-        )
+def _open_data(config: PretrainConfig) -> tuple[Tokenizer, Corpus, Corpus]:
+    """The tokenizer, and the corpora to train and to validate on."""
+    prepared = config.corpus or Path(config.directory) / "corpus"
     tokenizer = Tokenizer.from_pretrained(prepared / "tokenizer")
     return tokenizer, Corpus.open(prepared / "train", tokenizer), Corpus.open(prepared / "validation", tokenizer)
 
@@ -336,8 +355,8 @@ def _shape(config: PretrainConfig, shape: ModelConfig, tokenizer: Tokenizer) -> 
     )
 
 
-def _model(config: PretrainConfig, model_class: type[LanguageModel], shape: ModelConfig) -> LanguageModel:
-    """The model to train, compiled, with the variables of its optimizer."""
+def make_model(config: PretrainConfig, model_class: type[LanguageModel], shape: ModelConfig) -> LanguageModel:
+    """The model to train, compiled, with the variables of its optimizer; made under the scope of its strategy."""
     keras.utils.set_random_seed(config.seed)
     model = model_class(shape, dtype=config.dtype)
     model.compile(
@@ -346,9 +365,12 @@ def _model(config: PretrainConfig, model_class: type[LanguageModel], shape: Mode
         label_smoothing=config.label_smoothing,
         z_loss=config.z_loss,
         jit_compile=config.jit_compile,
+        remat=config.remat,
         steps_per_execution=config.steps_per_execution,
     )
     model.optimizer.build(model.trainable_variables)
+    # Each call of `fit` would end by writing the averages over the weights, from which the next one goes on.
+    model.optimizer.finalize_variable_values = lambda variables: None
     return model
 
 
@@ -360,41 +382,9 @@ def _optimizer(config: PretrainConfig) -> keras.optimizers.Optimizer:
         warmup_steps=min(config.warmup_steps, config.steps - 1),
         final=config.final_learning_rate,
     )
-    betas: dict[str, Any] = {"beta_2": config.beta_2} if config.optimizer in ("adamw", "lamb") else {}
+    more: dict[str, Any] = {"beta_2": config.beta_2} if config.optimizer in ("adamw", "lamb") else {}
+    if config.ema_momentum is not None:
+        more |= {"use_ema": True, "ema_momentum": config.ema_momentum}
     return make_optimizer(
-        config.optimizer, schedule, weight_decay=config.weight_decay, global_clipnorm=config.clip_norm, **betas
+        config.optimizer, schedule, weight_decay=config.weight_decay, global_clipnorm=config.clip_norm, **more
     )
-
-
-def _check_finite(
-    loss: float, skipped: int, start: int, stop: int, store: CheckpointStore, say: Callable[[str], None]
-) -> None:
-    """Stops a run that has lost its way; a few skipped steps are only told."""
-    if math.isfinite(loss) and skipped < stop - start:
-        if skipped:
-            say(f"skipped {skipped} of {stop - start} steps, whose gradients were not finite")
-        return
-    what = f"the validation loss is {loss}" if not math.isfinite(loss) else "no gradient was finite"
-    newest = store.path(start) if start else "none"
-    raise FloatingPointError(
-        f"{what} at step {stop}; the last good checkpoint is {newest}. Try a lower learning rate, or a longer warm-up."
-    )
-
-
-def _advance(progress: Progress, step: int, next_example: int, loss: float) -> Progress:
-    is_best = progress.best_loss is None or loss < progress.best_loss
-    return Progress(
-        step=step,
-        next_example=next_example,
-        validation_loss=loss,
-        best_step=step if is_best else progress.best_step,
-        best_loss=loss if is_best else progress.best_loss,
-    )
-
-
-def _point(link: Path, target: Path) -> None:
-    """Makes `link` a symbolic link to `target`, in one step."""
-    temporary = link.with_name(f".{link.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
-    temporary.replace(link)

@@ -20,6 +20,7 @@ from tiny_models import LinearModel, TokenModel, flat_weights, token_data
 
 from lmzoo.engine.model import ReplicatedModel
 from lmzoo.engine.strategy import make_strategy
+from lmzoo.models.gpt import GPTConfig, GPTModel
 
 BATCH = 16
 
@@ -233,6 +234,104 @@ def memory(strategy):
     return {"growth": np.diff(peaks)}
 
 
+def dropout(base):
+    """What three steps of one row a replica add to the kernel: the mean of the replicas' masks, 0 or 2 each.
+
+    The last step is also taken by a second model that gets the first one's variables from before it.
+    """
+
+    def run(strategy):
+        class Dropped(base):
+            def __init__(self):
+                super().__init__()
+                self.kernel = self.add_weight(name="kernel", shape=(64,), initializer="zeros")
+                self.dropout = keras.layers.Dropout(0.5, seed=7)
+                self.built = True
+
+            def call(self, inputs, training=None):
+                return -tf.linalg.matvec(self.dropout(inputs, training=training), self.kernel)
+
+        def make():
+            with strategy.scope():
+                model = Dropped()
+                model.compile(keras.optimizers.SGD(1.0), loss=negative, jit_compile=False)
+            return model
+
+        def step(model):
+            before = model.kernel.numpy()
+            model.fit(rows, rows[:, 0], batch_size=len(rows), shuffle=False, verbose=0)
+            return model.kernel.numpy() - before
+
+        rows = np.ones([strategy.num_replicas_in_sync, 64], "float32")
+        model, resumed = make(), make()
+        steps = [step(model) for _ in range(2)]
+        for variable, value in zip(resumed.variables, [each.numpy() for each in model.variables], strict=True):
+            variable.assign(value)
+        steps.append(step(model))
+        return {
+            "steps": steps,
+            "resumed": step(resumed),
+            "kernel": copies(strategy, [model.kernel]),
+            "seed": copies(strategy, [model.dropout.seed_generator.state]),
+        }
+
+    return run
+
+
+def remat(strategy):
+    """Weights and states of a GPT after four steps with dropout, without and with remat, in whole and in parts."""
+    ids, labels, weights = token_data(2 * BATCH)
+    found = {}
+    for name, micro_batches in {"whole": 1, "micro": 2}.items():
+        for label, choice in {f"plain_{name}": None, name: "block"}.items():
+            keras.utils.set_random_seed(0)
+            with strategy.scope():
+                model = GPTModel(GPTConfig(vocab_size=11, context_length=4, num_layers=2, num_heads=2, model_dim=8))
+                model.compile(keras.optimizers.SGD(0.1), micro_batches=micro_batches, remat=choice)
+            model.fit(ids, labels, sample_weight=weights, batch_size=BATCH, epochs=2, shuffle=False, verbose=0)
+            found[f"{label}_weights"] = copies(strategy, model.trainable_variables)
+            found[f"{label}_seeds"] = copies(strategy, model.non_trainable_variables)
+    return found
+
+
+def keras_remat(strategy):
+    """fit of layers made under Keras's own scope for it."""
+    with strategy.scope(), keras.RematScope(mode="full"):
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+        model.compile("sgd", "mse")
+    rows = np.ones([4, 2], "float32")
+    return {"loss": model.fit(rows, rows, verbose=0).history["loss"]}
+
+
+def embedding(base):
+    """The names of the ops of a training step of an embedding, all functions included."""
+
+    def run(strategy):
+        with strategy.scope():
+
+            class Embedded(base):
+                def __init__(self):
+                    super().__init__()
+                    self.embedding = keras.layers.Embedding(11, 8)
+                    self.embedding.build()
+                    self.built = True
+
+                def call(self, inputs, training=None):
+                    return tf.reduce_sum(self.embedding(inputs), axis=(1, 2))
+
+            model = Embedded()
+            model.compile("sgd", loss=negative, jit_compile=False)
+            model.optimizer.build(model.trainable_variables)
+        train = model._train_replica if base is ReplicatedModel else model.train_step
+        batch = tf.constant([[1, 2], [2, 3]]), tf.constant([0.0, 0.0]), tf.constant([1.0, 1.0])
+        graph = tf.function(lambda: strategy.run(train, args=(batch,)), autograph=False).get_concrete_function().graph
+        definition = graph.as_graph_def()
+        nodes = [definition.node, *(function.node_def for function in definition.library.function)]
+        return {"ops": sorted({node.op for each in nodes for node in each})}
+
+    return run
+
+
 def keras_log(strategy):
     """What Keras's own loop logs for a train_step that returns a mean over its rows."""
     with strategy.scope():
@@ -269,6 +368,12 @@ SCENARIOS = {
     "own_dataset": own_dataset,
     "refused": refused,
     **{name: one_step(ReplicatedModel, make, rows, **more) for name, (make, rows, more) in SAME_STEP.items()},
+    "dropout": dropout(ReplicatedModel),
+    "remat": remat,
+    "embedding": embedding(ReplicatedModel),
+    "keras_dropout": dropout(keras.Model),
+    "keras_remat": keras_remat,
+    "keras_embedding": embedding(keras.Model),
     "keras_log": keras_log,
     **{f"keras_{name}": one_step(keras.Model, make, rows, **more) for name, (make, rows, more) in SAME_STEP.items()},
 }

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
@@ -21,11 +22,11 @@ RESULTS = ["uneven", "compiled_metrics", "own_dataset", "one_row_left"]
 ONE_STEP = ["idle", "clip", "inf", "odd", "accumulate", "ema", "steps"]
 SHARED = [*TWENTY_STEPS, *RESULTS, *ONE_STEP]
 NAMES = {
-    "one": ["memory", *SHARED, *MORE_TWENTY_STEPS],
-    "mirrored": [*SHARED, *MORE_TWENTY_STEPS, "jit", "refused"],
-    "multiworker": [*SHARED, "refused"],
+    "one": ["memory", *SHARED, *MORE_TWENTY_STEPS, "dropout"],
+    "mirrored": [*SHARED, *MORE_TWENTY_STEPS, "jit", "refused", "dropout", "remat"],
+    "multiworker": [*SHARED, "refused", "dropout", "embedding"],
 }
-BROKEN = ["clip", "inf", "odd", "accumulate", "ema", "steps", "jit", "log"]
+BROKEN = ["clip", "inf", "odd", "accumulate", "ema", "steps", "jit", "log", "dropout", "remat"]
 DISTRIBUTED = ["mirrored", "multiworker"]
 
 
@@ -164,6 +165,47 @@ class TestStep:
             np.testing.assert_allclose(kernel, [2.0, 2.0], rtol=1e-6)
 
 
+class TestRandomness:
+    def test_one_replica_draws_as_keras_does(self):
+        layer = keras.layers.Dropout(0.5, seed=7)
+        for step in fields("one", "dropout")[0]["steps"]:
+            np.testing.assert_array_equal(step, layer(np.ones([1, 64], "float32"), training=True)[0])
+
+    @pytest.mark.parametrize("kind", DISTRIBUTED)
+    def test_replicas_and_steps_draw_their_own(self, kind):
+        for process in fields(kind, "dropout"):
+            first, second, third = process["steps"]
+            for step in (first, second, third):
+                # Two masks of 0 and 2 that have nothing to do with one another: half of their means are 1.
+                assert set(step) == {0.0, 1.0, 2.0}
+                assert 16 < (step == 1.0).sum() < 48
+            assert (first != second).mean() > 0.4
+            assert (second != third).mean() > 0.4
+
+    @pytest.mark.parametrize("kind", DISTRIBUTED)
+    def test_all_hold_the_same_and_can_be_resumed(self, kind):
+        processes = fields(kind, "dropout")
+        for process in processes:
+            np.testing.assert_array_equal(process["resumed"], process["steps"][2])
+            for copy in (*process["kernel"], processes[0]["kernel"][0]):
+                np.testing.assert_array_equal(copy, process["kernel"][0])
+            np.testing.assert_array_equal(process["seed"], [[7, 3]] * len(process["seed"]))
+
+
+def test_remat_changes_nothing():
+    found = fields("mirrored", "remat")[0]
+    for name in ("whole", "micro"):
+        assert np.abs(found[f"{name}_weights"] - found[f"{name}_weights"][:1]).max() == 0.0
+        np.testing.assert_allclose(found[f"{name}_weights"], found[f"plain_{name}_weights"], atol=1e-6)
+        np.testing.assert_array_equal(found[f"{name}_seeds"], found[f"plain_{name}_seeds"])
+
+
+def test_gradients_of_an_embedding_are_summed_densely():
+    for process in fields("multiworker", "embedding"):
+        assert any(op.startswith("CollectiveReduce") for op in process["ops"])
+        assert not any(op.startswith("CollectiveGather") for op in process["ops"])
+
+
 @pytest.mark.parametrize("kind", DISTRIBUTED)
 def test_what_lives_outside_the_strategy_is_refused(kind):
     for process in fields(kind, "refused"):
@@ -209,5 +251,15 @@ class TestPlainKeras:
     def test_logs_a_mean_of_means(self):
         assert broken("log")["value"] == pytest.approx(2.5)  # 2 is right
 
+    def test_drops_the_same_on_all_replicas(self):
+        assert set(broken("dropout")["steps"].ravel()) == {0.0, 2.0}
+
+    def test_has_no_rematerialisation_in_a_graph(self):
+        assert "keywords" in str(broken("remat")["error"])
+
+    def test_gathers_the_gradients_of_an_embedding(self):
+        ops = broken("embedding", "multiworker", ("odd", "embedding"))["ops"]
+        assert any(op.startswith("CollectiveGather") for op in ops)
+
     def test_fit_fails_with_several_workers(self):
-        assert "error" in broken("odd", "multiworker", ("odd",))
+        assert "error" in broken("odd", "multiworker", ("odd", "embedding"))

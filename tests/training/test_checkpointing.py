@@ -30,7 +30,7 @@ def train(model: GPTModel, first: int, steps: int) -> list[float]:
 
 @pytest.fixture
 def store(tmp_path) -> CheckpointStore:
-    return CheckpointStore(tmp_path / "checkpoints", keep=2)
+    return CheckpointStore(tmp_path, keep=2)
 
 
 def test_training_goes_on_bit_for_bit_with_dropout(store):
@@ -107,7 +107,7 @@ def test_a_full_disk_leaves_the_checkpoints_that_are_there(store, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lmzoo.training.checkpointing._write_durably", full)
+    monkeypatch.setattr("lmzoo.training.checkpointing.write_whole", full)
     with pytest.raises(OSError, match=r"step 2 could not be written: No space left on device.*go on from there"):
         store.save(model, Progress(step=2))
     assert [path.name for path in store.directory.iterdir()] == ["step-00000001"]

@@ -1,4 +1,4 @@
-"""A run on two devices, stopped and started again, against the same run on one. One strategy to a process."""
+"""Runs on two devices, stopped and started again, against the same run on one. One strategy to a process."""
 
 import json
 import subprocess
@@ -8,42 +8,44 @@ import pytest
 
 PROGRAM = """
 import sys
-import tensorflow as tf
-from pathlib import Path
-strategy, text, directory = sys.argv[1:]
-if strategy == "mirrored":
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 from lmzoo import pretrain
-settings = dict(
-    directory=Path(directory), source=(text,), vocab_size=300, context_length=16, num_layers=1, num_heads=2,
-    model_dim=16, steps=12, batch_size=6, warmup_steps=2, evaluate_every=6, log_every=1, strategy=strategy,
-    verbose="0",
+strategy, text, directory, stop_after = sys.argv[1:]
+def say(line):
+    print(line)
+    if line.startswith(f"step {stop_after}:"):
+        raise SystemExit(0)
+pretrain(
+    directory=directory, source=(text,), vocab_size=300, context_length=16, num_layers=1, num_heads=2, model_dim=16,
+    steps=18, batch_size=6, warmup_steps=2, evaluate_every=6, log_every=1, verbose="0", ema_momentum=0.9,
+    strategy=strategy, virtual_cpus=2 if strategy == "mirrored" else None, say=say,
 )
-def stop(line):
-    if line.startswith("step 12"):
-        raise InterruptedError
-if strategy == "mirrored":
-    try:
-        pretrain(say=stop, **settings)
-    except InterruptedError:
-        pass
-pretrain(**settings)
 """
 
 
 @pytest.mark.distributed
-def test_two_devices_and_a_restart_give_the_losses_of_one(tmp_path):
+def test_two_devices_one_and_two_again_give_the_losses_of_one(tmp_path):
     for number in range(30):
         (tmp_path / f"{number}.txt").write_text(f"Sentence number {number} of this text says hello to you. " * 10)
-    losses = {}
-    for strategy in ("one", "mirrored"):
-        command = [sys.executable, "-c", PROGRAM, strategy, str(tmp_path / "*.txt"), str(tmp_path / strategy)]
+
+    def run(strategy, name, stop_after):
+        command = [sys.executable, "-c", PROGRAM, strategy, str(tmp_path / "*.txt"), str(tmp_path / name), stop_after]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
-        records = map(json.loads, (tmp_path / strategy / "metrics.jsonl").read_text().splitlines())
-        losses[strategy] = {record["step"]: record["loss"] for record in records if "loss" in record}
-    assert "6 = 3 rows x 2 replicas" in done.stdout
-    assert "going on after step 6" in done.stdout
-    assert list(losses["one"]) == list(range(1, 13))
-    assert losses["mirrored"] == pytest.approx(losses["one"], abs=1e-4)
+        return done.stdout
+
+    run("one", "whole", "none")
+    assert "6 = 3 rows x 2 replicas" in run("mirrored", "changing", "6")
+    said = run("one", "changing", "12")
+    assert "going on after step 6" in said
+    assert "the run was on 2 replicas and is now on 1: the examples of each step stay the same" in said
+    said = run("mirrored", "changing", "none")
+    assert "changed since the run began: strategy was 'one' and is 'mirrored'" in said
+    losses = {}
+    for name in ("whole", "changing"):
+        records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for kind in ("loss", "validation_loss"):
+            losses[name, kind] = {record["step"]: record[kind] for record in records if kind in record}
+    assert list(losses["whole", "loss"]) == list(range(1, 19))
+    assert list(losses["whole", "validation_loss"]) == [6, 12, 18]
+    for kind in ("loss", "validation_loss"):
+        assert losses["changing", kind] == pytest.approx(losses["whole", kind], abs=1e-4)
