@@ -16,9 +16,10 @@ import tyro
 
 from lmzoo.engine.launch import launch
 from lmzoo.generation.sampling import SamplingOptions
-from lmzoo.training import PretrainConfig
+from lmzoo.training import PlanConfig, PretrainConfig
 
 FlatPretrainConfig = Annotated[PretrainConfig, tyro.conf.OmitArgPrefixes]
+FlatPlanConfig = Annotated[PlanConfig, tyro.conf.OmitArgPrefixes]
 FlatSamplingOptions = Annotated[SamplingOptions, tyro.conf.OmitArgPrefixes]
 
 # What reads well in a terminal; the library's own default draws from the model's whole distribution.
@@ -69,6 +70,13 @@ def pretrain(config: FlatPretrainConfig) -> None:
     from lmzoo.training import pretrain as run
 
     run(config)
+
+
+def plan(config: FlatPlanConfig) -> None:
+    """Reckon what a run needs of memory, arithmetic and time, before it is started."""
+    from lmzoo.training import plan as run
+
+    print(run(config))
 
 
 def evaluate(
@@ -158,6 +166,7 @@ _COMMANDS: dict[str, Callable[..., int | None]] = {
     "evaluate": evaluate,
     "generate": generate,
     "export": export,
+    "plan": plan,
     "launch": launch,
 }
 

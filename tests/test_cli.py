@@ -75,7 +75,9 @@ def test_an_error_is_one_line_and_a_status(workplace, arguments, status, message
         assert [line for line in done.stderr.splitlines() if line.startswith("lmzoo: ")]
 
 
-@pytest.mark.parametrize("command", [[], ["prepare"], ["pretrain"], ["evaluate"], ["generate"], ["export"], ["launch"]])
+@pytest.mark.parametrize(
+    "command", [[], ["prepare"], ["pretrain"], ["evaluate"], ["generate"], ["export"], ["launch"], ["plan"]]
+)
 def test_help_says_what_there_is(tmp_path, command):
     done = run(*command, "--help", directory=tmp_path)
     assert done.returncode == 0

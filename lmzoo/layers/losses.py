@@ -146,8 +146,8 @@ def _chunked_sums(
     table_gradients: list[Tensor] = []
     bias_gradient = tf.zeros((vocab_size,))
     for chunk_hidden, chunk_labels, chunk_weights in zip(*chunks, strict=True):
-        with tf.control_dependencies([loss, *hidden_gradients[-1:], *table_gradients]):
-            logits = tf.cast(tf.matmul(chunk_hidden, table, transpose_b=True), tf.float32)  # [K / C, V]
+        chunk_hidden = _after([loss, *hidden_gradients[-1:], *table_gradients], chunk_hidden)
+        logits = tf.cast(tf.matmul(chunk_hidden, table, transpose_b=True), tf.float32)  # [K / C, V]
         if bias is not None:
             logits = logits + tf.cast(bias, tf.float32)
         probabilities = tf.nn.softmax(logits)  # [K / C, V]
@@ -209,11 +209,21 @@ def _add_products(
     """
     sums: list[Tensor] = []
     for number, (start, stop) in enumerate(blocks):
-        with tf.control_dependencies(sums[-1:]):
-            columns = products[:, start:stop]
+        columns = _after(sums[-1:], products[:, start:stop])
         block = tf.cast(tf.matmul(columns, hidden, transpose_a=True), tf.float32)
         sums.append(totals[number] + block if totals else block)
     return sums
+
+
+def _after(before: list[Tensor], tensor: Tensor) -> Tensor:
+    """`tensor`, which cannot be computed before all of `before` are: a dependency that XLA keeps too, unlike TensorFlow's.
+
+    To each number is added min(|x|, 0), where x is the first number of each of `before`: 0 if they are finite.
+    """
+    for each in before:
+        first = tf.reduce_max(tf.reshape(each, [-1])[:1])  # Minus infinity where there is none.
+        tensor = tensor + tf.cast(tf.minimum(tf.abs(first), 0.0), tensor.dtype)
+    return tensor
 
 
 def _blocks(vocab_size: int, model_dim: int) -> list[tuple[int, int]]:

@@ -69,7 +69,7 @@ class PlanConfig:
     """How many there are in all."""
     memory: str = "80GB"
     """Of each device: 80GB is 80e9 bytes, 80GiB is 80 * 2**30."""
-    accelerator: str | None = None
+    accelerator: str = "a100"
     """Whose peak to reckon with: v100, t4, a100, h100, l4, tpu-v3, tpu-v4, tpu-v5e or tpu-v5p."""
     peak_flops: float | None = None
     """Floating-point operations a second of one device, instead of an accelerator's."""
@@ -96,7 +96,7 @@ class PlanConfig:
             raise ValueError(f"PlanConfig.mfu is {self.mfu!r}, but must lie in (0, 1].")
         if self.strategy == "one" and self.devices > 1:
             raise ValueError(f"PlanConfig.devices is {self.devices}, but strategy 'one' has one. Try 'mirrored'.")
-        if self.accelerator is not None and self.accelerator not in PEAK_FLOPS:
+        if self.accelerator not in PEAK_FLOPS:
             raise ValueError(f"there is no accelerator {self.accelerator!r}.{closest(self.accelerator, [*PEAK_FLOPS])}")
         parse_bytes(self.memory)
 
@@ -117,7 +117,7 @@ class Plan:
         flops_per_token: of a training step, not counting what is computed again.
         tokens: to train on.
         steps: updates that this takes.
-        tokens_per_second: expected of all devices together; None if their peak is not known.
+        tokens_per_second: expected of all devices together.
     """
 
     config: PlanConfig
@@ -132,7 +132,7 @@ class Plan:
     flops_per_token: float
     tokens: float
     steps: int
-    tokens_per_second: float | None
+    tokens_per_second: float
 
     @property
     def seq_length(self) -> int:
@@ -140,10 +140,8 @@ class Plan:
         return self.shape.context_length
 
     @property
-    def seconds(self) -> float | None:
+    def seconds(self) -> float:
         """Expected time of the whole run."""
-        if self.tokens_per_second is None:
-            return None
         return self.steps * self.batch.global_batch * self.seq_length / self.tokens_per_second
 
     @property
@@ -195,9 +193,8 @@ class Plan:
         return "\n".join([*lines, note])
 
     def _speed(self) -> str:
-        if self.tokens_per_second is None or self.seconds is None:
-            return "name an accelerator, or peak_flops, to know"
-        share = f"{self.config.mfu:.0%} of the peak"
+        whose = "the peak given" if self.config.peak_flops else f"the peak of {self.config.accelerator}"
+        share = f"{self.config.mfu:.0%} of {whose}"
         if self.remat:
             share += ", a quarter of that spent on recomputing"
         return f"{self.tokens_per_second:,.0f} tokens a second, {_duration(self.seconds)} in all, at {share}"
@@ -258,9 +255,9 @@ def plan(config: PlanConfig | None = None, **fields: Any) -> Plan:
         )
     flops = shape.training_flops_per_token(seq_length)
     tokens = config.tokens or float(_CHINCHILLA * variables.parameters)
-    peak = config.peak_flops or (PEAK_FLOPS[config.accelerator] if config.accelerator else None)
+    peak = config.peak_flops or PEAK_FLOPS[config.accelerator]
     # Recomputing repeats the forward pass, one of three parts.
-    speed = None if peak is None else config.devices * peak * config.mfu / flops * (0.75 if remat else 1.0)
+    speed = config.devices * peak * config.mfu / flops * (0.75 if remat else 1.0)
     row = shape.activation_bytes(1, seq_length, COMPUTE_BYTES[config.dtype])
     return Plan(
         config=config,

@@ -107,7 +107,12 @@ class _Run:
         wait_for_all(self.strategy)
         self.tokenizer, self.training, self.validation = _open_data(config)
         self.store.extras = self.tokenizer.save_pretrained
-        self.shape = _shape(config, shape, self.tokenizer)
+        self.shape = shape.replace(
+            vocab_size=self.tokenizer.vocab_size,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **given_shape(config),
+        )
         with self.strategy.scope():
             self.model = make_model(config, model_class, self.shape)
         self.progress = self.store.restore(self.model) or Progress(replicas=self.plan.replicas)
@@ -344,15 +349,10 @@ def _open_data(config: PretrainConfig) -> tuple[Tokenizer, Corpus, Corpus]:
     return tokenizer, Corpus.open(prepared / "train", tokenizer), Corpus.open(prepared / "validation", tokenizer)
 
 
-def _shape(config: PretrainConfig, shape: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+def given_shape(config: PretrainConfig) -> dict[str, Any]:
+    """Fields of the model's config that the settings replace."""
     names = ("context_length", "num_layers", "num_heads", "model_dim", "dropout_rate")
-    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    return shape.replace(
-        vocab_size=tokenizer.vocab_size,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **given,
-    )
+    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
 
 
 def make_model(config: PretrainConfig, model_class: type[LanguageModel], shape: ModelConfig) -> LanguageModel:

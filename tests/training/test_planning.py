@@ -8,7 +8,7 @@ import pytest
 from lmzoo.engine.optimizers import OPTIMIZERS, make_optimizer
 from lmzoo.models import find_preset
 from lmzoo.training.memory import count_variables, parse_bytes, step_memory
-from lmzoo.training.planning import PEAK_FLOPS, PlanConfig, plan
+from lmzoo.training.planning import PEAK_FLOPS, PlanConfig, _most, plan
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "plan_memory.py"
 
@@ -46,7 +46,7 @@ def test_what_a_block_keeps_is_what_its_backward_pass_reads(dtype, dropout_rate)
     per_token = 2 * 3 * 4 * rows * tokens  # Mean, deviation and a product of each layer norm, a number a token.
     kernels = size * (35 * 3 * 35 + 35 * 35 + 2 * 35 * 111) if size == 2 else 0
     planned = shape.activation_bytes(rows, tokens, size).block
-    assert two - one - per_token - kernels == pytest.approx(planned, abs=16)
+    assert two - one - per_token - kernels == pytest.approx(planned, abs=64)
 
 
 def _read_backward(model_class, shape, dtype, rows, tokens):
@@ -106,6 +106,10 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not():
     assert made.rows_with_remat > 2 * made.rows_without_remat > 0
 
 
+def test_the_search_finds_every_limit():
+    assert [_most(lambda rows, limit=limit: rows <= limit) for limit in range(70)] == list(range(70))
+
+
 def test_the_batch_is_about_what_was_asked_for():
     made = plan(preset="gpt2-micro", strategy="mirrored", devices=8, memory="6GB", batch_tokens=2**19)
     tokens = made.batch.global_batch * made.seq_length
@@ -133,9 +137,8 @@ def test_time_and_tokens():
     assert made.seconds == pytest.approx(made.tokens / made.tokens_per_second, rel=0.01)
     recomputing = plan(made.config, remat="block")
     assert recomputing.tokens_per_second == pytest.approx(0.75 * made.tokens_per_second)
-    unknown = plan(made.config, accelerator=None)
-    assert unknown.seconds is None
-    assert "name an accelerator" in str(unknown)
+    assert "50% of the peak of a100" in str(made)
+    assert plan(made.config, peak_flops=1e12).tokens_per_second == pytest.approx(4 * 0.5 * 1e12 / flops)
 
 
 def test_the_command_is_one_that_pretraining_takes():

@@ -1,0 +1,22 @@
+import pytest
+
+from lmzoo import PretrainConfig
+from lmzoo.training import check_pretraining
+
+TINY = {"vocab_size": 64, "context_length": 8, "num_layers": 1, "num_heads": 2, "model_dim": 16, "steps": 10}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"micro_batches": 2, "remat": "block", "dropout_rate": 0.1, "ema_momentum": 0.9}]
+)
+def test_the_step_of_a_run_compiles(changes):
+    report = check_pretraining(PretrainConfig(**TINY, batch_size=16, **changes), "v5e:2x2")
+    assert report.compiles, report.problem
+    assert (report.replicas, report.rows) == (4, 4)
+    assert 0 < report.needed_bytes < report.available_bytes
+    assert report.flops >= 0.9 * report.model_flops
+
+
+def test_chips_that_cannot_share_the_batch():
+    with pytest.raises(ValueError, match="batch_size is 12, but must be a multiple of 4 replicas x 2 micro-batches"):
+        check_pretraining(PretrainConfig(**TINY, batch_size=12, micro_batches=2), "v5e:2x2")
