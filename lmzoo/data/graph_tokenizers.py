@@ -1,8 +1,8 @@
 """The in-graph twins of tokenizers: strings to ids and back with core TensorFlow operations only.
 
 A twin gives the ids that the `tokenizers` library gives, on every input, and can be exported: a process that has
-TensorFlow and neither lmzoo nor `tokenizers` runs it. There are twins for byte-level BPE with GPT-2's pre-tokenizer
-and for one token a character.
+TensorFlow and neither lmzoo nor `tokenizers` runs it. There are twins for byte-level BPE with GPT-2's pre-tokenizer,
+for one token a character, and, in `graph_wordpiece`, for BERT's WordPiece.
 
 Text that is not UTF-8 counts as `bytes.decode("utf-8", errors="replace")` would read it. That leaves the bytes 0xFF
 and 0xFE, which no UTF-8 text holds, to mark boundaries and special tokens inside strings.
@@ -20,10 +20,11 @@ import tensorflow as tf
 import tokenizers
 from tokenizers import pre_tokenizers
 
+from lmzoo.data.graph_code_points import row_ids
 from lmzoo.data.graph_merges import MergeTable
 
 _BOUNDARY = b"\xff"
-_SPECIAL = b"\xfe"
+SPECIAL = b"\xfe"
 _CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
 
 
@@ -35,23 +36,28 @@ def make_graph_tokenizer(backend: tokenizers.Tokenizer) -> GraphTokenizer:
     """
     spec = json.loads(backend.to_str())
     model, pre_tokenizer = spec["model"], spec["pre_tokenizer"]
-    _require(model["type"] == "BPE", f"its model is {model['type']}")
-    _require(spec["normalizer"] is None, f"it has a normalizer ({(spec['normalizer'] or {}).get('type')})")
-    _require(not model["dropout"], f"its dropout is {model['dropout']}")
-    for affix in ("continuing_subword_prefix", "end_of_word_suffix"):
-        _require(not model[affix], f"its {affix} is {model[affix]!r}")
     for token in spec["added_tokens"]:
-        _require(not token["single_word"], f"its token {token['content']!r} has single_word=True")
+        require(not token["single_word"], f"its token {token['content']!r} has single_word=True")
+    if model["type"] == "WordPiece":
+        from lmzoo.data.graph_wordpiece import WordPieceGraphTokenizer
+
+        with tf.init_scope(), tf.device("CPU:0"):
+            return WordPieceGraphTokenizer(backend, spec)
+    require(model["type"] == "BPE", f"its model is {model['type']}")
+    require(spec["normalizer"] is None, f"it has a normalizer ({(spec['normalizer'] or {}).get('type')})")
+    require(not model["dropout"], f"its dropout is {model['dropout']}")
+    for affix in ("continuing_subword_prefix", "end_of_word_suffix"):
+        require(not model[affix], f"its {affix} is {model[affix]!r}")
     decoder = (spec["decoder"] or {}).get("type")
     with tf.init_scope(), tf.device("CPU:0"):
         if pre_tokenizer is None and not model["merges"]:
-            _require(decoder == "Fuse", f"its decoder is {decoder}")
+            require(decoder == "Fuse", f"its decoder is {decoder}")
             for option in ("byte_fallback", "ignore_merges"):
-                _require(not model[option], f"its {option} is True")
+                require(not model[option], f"its {option} is True")
             return CharGraphTokenizer(spec)
         kind = (pre_tokenizer or {}).get("type")
-        _require(kind == "ByteLevel", f"its pre-tokenizer is {kind}")
-        _require(decoder == "ByteLevel", f"its decoder is {decoder}")
+        require(kind == "ByteLevel", f"its pre-tokenizer is {kind}")
+        require(decoder == "ByteLevel", f"its decoder is {decoder}")
         return ByteLevelGraphTokenizer(spec, _whole_words(backend))
 
 
@@ -96,11 +102,11 @@ class GraphTokenizer(tf.Module):
             outside = tf.size(self._token_bytes) - 1
             inside = (ids.values >= 0) & (ids.values < tf.cast(outside, ids.dtype))
             pieces = tf.gather(self._token_bytes, tf.where(inside, ids.values, tf.cast(outside, ids.dtype)))
-            texts = tf.strings.unsorted_segment_join(pieces, _row_ids(ids), ids.nrows())
+            texts = tf.strings.unsorted_segment_join(pieces, row_ids(ids), ids.nrows())
             return tf.strings.unicode_transcode(texts, "UTF-8", "UTF-8", errors="replace")
 
     def _encode_pieces(self, pieces: tf.RaggedTensor) -> tf.RaggedTensor:
-        """Ids [B, None] of texts cut at their special tokens [B, None], each of which starts with `_SPECIAL`."""
+        """Ids [B, None] of texts cut at their special tokens [B, None], each of which starts with `SPECIAL`."""
         raise NotImplementedError
 
     def _trace(self) -> None:
@@ -109,10 +115,10 @@ class GraphTokenizer(tf.Module):
         self.decode.get_concrete_function(tf.RaggedTensorSpec([None, None], tf.int32))
 
     def _special_keys(self) -> dict[bytes, int]:
-        return {_SPECIAL + token["content"].encode(): token["id"] for token in self._added}
+        return {SPECIAL + token["content"].encode(): token["id"] for token in self._added}
 
     def _split_special(self, texts: tf.Tensor) -> tf.RaggedTensor:
-        """Cuts texts [B] at their special tokens: [B, None], each special token marked by a leading `_SPECIAL`.
+        """Cuts texts [B] at their special tokens: [B, None], each special token marked by a leading `SPECIAL`.
 
         The leftmost token wins, and the longest of those that start there. Tokens to be found in normalized text come
         second, in what the others leave. A token with `lstrip` or `rstrip` takes the white space beside it along.
@@ -124,7 +130,7 @@ class GraphTokenizer(tf.Module):
                 continue
             contents = sorted((token["content"] for token in tokens), key=len, reverse=True)
             pattern = "|".join(_literal(content) for content in contents)
-            marked = tf.strings.regex_replace(pieces.values, pattern, _BOUNDARY + _SPECIAL + rb"\0" + _BOUNDARY)
+            marked = tf.strings.regex_replace(pieces.values, pattern, _BOUNDARY + SPECIAL + rb"\0" + _BOUNDARY)
             cut = tf.strings.split(_unless_special(pieces.values, marked), _BOUNDARY)
             values = _strip_beside(cut.values, tokens)
             row_splits = tf.gather(cut.row_splits, pieces.row_splits)
@@ -147,10 +153,10 @@ class ByteLevelGraphTokenizer(GraphTokenizer):
         super().__init__(spec, token_to_bytes)
         self._add_prefix_space = spec["pre_tokenizer"]["add_prefix_space"]
         self._use_regex = spec["pre_tokenizer"].get("use_regex", True)
-        self._words = _string_table({**whole_words, **self._special_keys()})
+        self._words = string_table({**whole_words, **self._special_keys()})
         byte_ids = [vocabulary.get(character, -1) for character in _byte_characters()]
         incomplete = -1 in byte_ids
-        _require(not (incomplete and model["byte_fallback"]), "its byte_fallback is True")
+        require(not (incomplete and model["byte_fallback"]), "its byte_fallback is True")
         self._byte_ids = tf.constant(byte_ids, tf.int64)
         self._unknown = _unknown_id(model) if incomplete else None
         self._fuse_unknown = model["fuse_unk"]
@@ -187,7 +193,7 @@ class ByteLevelGraphTokenizer(GraphTokenizer):
         whole = self._words.lookup(words)
         # A word that is a token already is one symbol from the start; "\0" stands in for its bytes.
         bytes_ = tf.strings.unicode_decode(tf.where(whole >= 0, "\0", words), "ISO-8859-1")
-        owner = _row_ids(bytes_)
+        owner = row_ids(bytes_)
         token = tf.gather(whole, owner)
         symbols = tf.where(token >= 0, token, tf.gather(self._byte_ids, bytes_.values))
         if self._incomplete:
@@ -207,7 +213,7 @@ class CharGraphTokenizer(GraphTokenizer):
         code_points, ids = zip(*characters, (-1, -1), strict=True)
         self._code_points = tf.constant(code_points, tf.int32)
         self._ids = tf.constant(ids, tf.int64)
-        self._special_ids = _string_table(self._special_keys())
+        self._special_ids = string_table(self._special_keys())
         self._unknown = _unknown_id(model)
         self._fuse_unknown = model["fuse_unk"]
         self._trace()
@@ -215,7 +221,7 @@ class CharGraphTokenizer(GraphTokenizer):
     def _encode_pieces(self, pieces: tf.RaggedTensor) -> tf.RaggedTensor:
         special = self._special_ids.lookup(pieces.values)
         characters = tf.strings.unicode_decode(tf.where(special >= 0, "\0", pieces.values), "UTF-8")
-        owner = _row_ids(characters)
+        owner = row_ids(characters)
         row = tf.searchsorted(self._code_points[:-1], characters.values)
         found = tf.gather(self._code_points, row) == characters.values
         ids = tf.where(found, tf.gather(self._ids, row), -1)
@@ -287,13 +293,6 @@ def _code_point_ranges() -> dict[str, str]:
     return ranges
 
 
-def _row_ids(ragged: tf.RaggedTensor) -> tf.Tensor:
-    """The row of each value: what `value_rowids` gives, which takes memory for (rows x longest row) values."""
-    ends = ragged.row_splits[1:]
-    size = tf.size(ragged.values, tf.int64)
-    return tf.cumsum(tf.math.unsorted_segment_sum(tf.ones_like(ends), ends, size + 1))[:-1]
-
-
 def _resolve_unknown(ids: tf.Tensor, owner: tf.Tensor, unknown: int | None, fuse: bool) -> tuple[tf.Tensor, tf.Tensor]:
     """Puts the unknown token where an id is -1, once for a run of them if `fuse`; without one, drops them."""
     missing = ids < 0
@@ -312,7 +311,7 @@ def _strip_beside(texts: tf.Tensor, tokens: list[dict[str, Any]]) -> tf.Tensor:
     """Takes white space from the texts beside special tokens that ask for it. Rows begin and end with a text."""
     spaces = _code_point_ranges()["S"] if any(token["lstrip"] or token["rstrip"] for token in tokens) else ""
     for side, pattern in (("lstrip", f"[{spaces}]+\\z"), ("rstrip", f"\\A[{spaces}]+")):
-        keys = [_SPECIAL + token["content"].encode() for token in tokens if token[side]]
+        keys = [SPECIAL + token["content"].encode() for token in tokens if token[side]]
         if not keys:
             continue
         asks = tf.reduce_any(texts[:, None] == tf.constant(keys), 1)
@@ -322,7 +321,7 @@ def _strip_beside(texts: tf.Tensor, tokens: list[dict[str, Any]]) -> tf.Tensor:
 
 
 def _unless_special(pieces: tf.Tensor, changed: tf.Tensor) -> tf.Tensor:
-    return tf.where(tf.strings.substr(pieces, 0, 1) == _SPECIAL, pieces, changed)
+    return tf.where(tf.strings.substr(pieces, 0, 1) == SPECIAL, pieces, changed)
 
 
 def _literal(text: str) -> str:
@@ -330,7 +329,8 @@ def _literal(text: str) -> str:
     return "".join(character if character.isalnum() else f"\\x{{{ord(character):X}}}" for character in text)
 
 
-def _string_table(entries: dict[bytes, int]) -> tf.lookup.StaticHashTable:
+def string_table(entries: dict[bytes, int]) -> tf.lookup.StaticHashTable:
+    """A table from strings to int64, -1 for those it lacks."""
     keys = tf.constant(list(entries), tf.string, [len(entries)])
     values = tf.constant(list(entries.values()), tf.int64, [len(entries)])
     return tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(keys, values), default_value=-1)
@@ -340,9 +340,11 @@ def _unknown_id(model: dict[str, Any]) -> int | None:
     return model["vocab"].get(model["unk_token"])
 
 
-def _require(condition: bool, what: str) -> None:
+def require(condition: bool, what: str) -> None:
+    """Raises a ValueError that says what has no twin, unless the condition holds."""
     if not condition:
         raise ValueError(
             f"This tokenizer has no in-graph twin: {what}. There are twins for byte-level BPE with GPT-2's "
-            'pre-tokenizer (kind "bpe") and for one token a character (kind "char").'
+            'pre-tokenizer (kind "bpe"), for one token a character (kind "char"), and for WordPiece with BERT\'s '
+            'normalizer and pre-tokenizer (kind "wordpiece").'
         )

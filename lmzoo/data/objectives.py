@@ -5,9 +5,11 @@ same whenever and wherever it is made.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import ClassVar, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
+
+from lmzoo.data.packing import Method
 
 Batch: TypeAlias = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]
 """Inputs by name, labels int32 and weights float32."""
@@ -23,6 +25,10 @@ class Rows(NamedTuple):
         segment_ids: [B, T] int32, the number of the document in its row; 0 is padding.
         positions: [B, T] int32, counted from 0 in every document of a row.
         seeds: [B] uint64, a hash of the run's seed and the example's index.
+
+    Where an objective has a `frame`, a document's first place and its last ones are free for special tokens.
+    `other` is a row for each row, drawn by its seed, of another document unless the corpus has but a few, for an
+    objective that `needs_other`.
     """
 
     token_ids: np.ndarray
@@ -31,6 +37,7 @@ class Rows(NamedTuple):
     segment_ids: np.ndarray
     positions: np.ndarray
     seeds: np.ndarray
+    other: "Rows | None" = None
 
 
 class Objective(Protocol):
@@ -39,6 +46,21 @@ class Objective(Protocol):
     @property
     def separate_documents(self) -> bool:
         """Whether documents are kept apart; if not, a corpus is one long text."""
+        ...
+
+    @property
+    def frame(self) -> int:
+        """Special tokens around what of a document lies in a row: one in front, if there are any, the others behind."""
+        ...
+
+    @property
+    def packings(self) -> tuple[Method, ...]:
+        """The methods of packing whose rows it can take."""
+        ...
+
+    @property
+    def needs_other(self) -> bool:
+        """Whether it needs a second row, of another document, for each."""
         ...
 
     def __call__(self, rows: Rows) -> Batch:
@@ -58,6 +80,10 @@ class Causal:
     """
 
     separate_documents: bool = True
+
+    frame: ClassVar[int] = 0
+    packings: ClassVar[tuple[Method, ...]] = ("stream", "pad", "best-fit")
+    needs_other: ClassVar[bool] = False
 
     def __call__(self, rows: Rows) -> Batch:
         """Gives token ids [B, T], the next ids [B, T], and weights [B, T] that are 0 where nothing follows."""

@@ -6,6 +6,8 @@
 | `pad` | one document, or T tokens of a longer one, and padding | a plan of some bytes a document |
 | `best-fit` | whole documents that fill the row as well as they can | a plan of some bytes a document |
 
+An objective may put special tokens around every piece, such as [CLS] and [SEP]. Rows with such frames need a plan.
+
 A *piece* is what of one document lies in one row. Pieces are numbered from 1 along the row (the segment ids; 0 is
 padding), and positions count from 0 in each, so that they stay below T.
 """
@@ -23,7 +25,7 @@ class Layout(NamedTuple):
     """What stands in some rows.
 
     Shapes:
-        places: [B, T] int64, the place in the corpus of every token; 0 in padding.
+        places: [B, T] int64, the place in the corpus of every token; 0 in padding, and some place in a frame.
         segment_ids: [B, T] int32, the number of the piece; 0 in padding.
         positions: [B, T] int32, the position inside the piece; 0 in padding.
         has_next: [B, T] bool, whether the next token of the corpus belongs to the same document.
@@ -72,6 +74,10 @@ class StreamPacking:
         positions = (column - np.maximum.accumulate(begins * column, axis=1)) * inside
         return Layout(np.where(inside, places, 0), segments, positions.astype(np.int32), has_next)
 
+    def documents(self, rows: np.ndarray, document_ends: np.ndarray) -> np.ndarray:
+        """The document that each of the rows [B] begins with."""
+        return np.searchsorted(document_ends, rows * self.seq_length, side="right")
+
 
 @dataclass(frozen=True, eq=False)
 class PlannedPacking:
@@ -80,11 +86,16 @@ class PlannedPacking:
     Shapes:
         row_ends: [rows] int64, ascending.
         starts: [pieces] int64, the place in the corpus of a piece's first token.
-        lengths: [pieces] int32, its number of tokens.
+        lengths: [pieces] int32, its number of tokens, the frame included.
         ends_document: [pieces] bool, whether its last token is its document's.
+
+    Args:
+        seq_length: T, tokens in a row.
+        frame: places for special tokens around every piece: one in front, if there are any, and the others behind.
     """
 
     seq_length: int
+    frame: int
     row_ends: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
@@ -112,48 +123,63 @@ class PlannedPacking:
         flat = np.repeat(row * self.seq_length + column, lengths) + position
         last = position == np.repeat(lengths - 1, lengths)
         fields = (
-            (np.int64, np.repeat(self.starts[pieces], lengths) + position),
+            (np.int64, np.repeat(self.starts[pieces], lengths) + self._inside(position, lengths)),
             (np.int32, np.repeat(number, lengths)),
             (np.int32, position),
             (np.bool_, ~(last & np.repeat(self.ends_document[pieces], lengths))),
         )
         return Layout(*(_scatter(shape, dtype, flat, values) for dtype, values in fields))
 
+    def documents(self, rows: np.ndarray, document_ends: np.ndarray) -> np.ndarray:
+        """The document that each of the rows [B] begins with."""
+        first = np.where(rows > 0, self.row_ends[rows - 1], 0)
+        return np.searchsorted(document_ends, self.starts[first], side="right")
+
+    def _inside(self, position: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Positions among a piece's own tokens, the nearest for those of its frame."""
+        if not self.frame:
+            return position
+        return np.clip(position - 1, 0, np.repeat(lengths - self.frame - 1, lengths))
+
 
 Packing: TypeAlias = StreamPacking | PlannedPacking
 
 
-def pack(document_ends: np.ndarray, seq_length: int, method: Method = "stream") -> Packing:
+def pack(document_ends: np.ndarray, seq_length: int, method: Method = "stream", frame: int = 0) -> Packing:
     """Plans the rows of a corpus.
 
     Args:
         document_ends: [documents] int64, ascending, the tokens up to the end of each document.
         seq_length: T, tokens in a row.
         method: see the table above.
+        frame: places for special tokens around every piece; "stream" has none.
     """
-    if seq_length < 1:
-        raise ValueError(f"seq_length: {seq_length}; a row holds at least 1 token")
-    if method == "stream":
+    if seq_length <= frame:
+        raise ValueError(f"seq_length: {seq_length}; a row holds at least {frame + 1} token{'s' if frame else ''}")
+    if method == "stream" and not frame:
         return StreamPacking(document_ends, seq_length)
     if method == "pad":
-        return _pad(document_ends, seq_length)
+        return _pad(document_ends, seq_length, frame)
     if method == "best-fit":
-        return _best_fit(_pad(document_ends, seq_length))
-    raise ValueError(f"packing: {method!r}; it must be 'stream', 'pad' or 'best-fit'")
+        return _best_fit(_pad(document_ends, seq_length, frame))
+    allowed = "'pad' or 'best-fit', as pieces have frames" if frame else "'stream', 'pad' or 'best-fit'"
+    raise ValueError(f"packing: {method!r}; it must be {allowed}")
 
 
-def _pad(document_ends: np.ndarray, seq_length: int) -> PlannedPacking:
-    """Cuts documents into pieces of T tokens and one of the rest, each of which has a row to itself."""
+def _pad(document_ends: np.ndarray, seq_length: int, frame: int) -> PlannedPacking:
+    """Cuts documents into pieces that fill a row and one of the rest, each of which has a row to itself."""
     document_lengths = np.diff(document_ends, prepend=0)
-    count = -(-document_lengths // seq_length)
-    offset = _ranges(np.zeros_like(count), count) * seq_length
+    room = seq_length - frame
+    count = -(-document_lengths // room)
+    offset = _ranges(np.zeros_like(count), count) * room
     left = np.repeat(document_lengths, count) - offset
     return PlannedPacking(
         seq_length,
+        frame,
         row_ends=np.arange(1, len(offset) + 1),
         starts=np.repeat(document_ends - document_lengths, count) + offset,
-        lengths=np.minimum(left, seq_length).astype(np.int32),
-        ends_document=left <= seq_length,
+        lengths=(np.minimum(left, room) + frame).astype(np.int32),
+        ends_document=left <= room,
     )
 
 
@@ -199,6 +225,7 @@ def _best_fit(pieces: PlannedPacking) -> PlannedPacking:
     order = order[by_row]
     return PlannedPacking(
         room_for_all,
+        pieces.frame,
         row_ends=np.cumsum(np.bincount(row_of, minlength=num_rows)),
         starts=pieces.starts[order],
         lengths=pieces.lengths[order],

@@ -19,15 +19,16 @@ import numpy as np
 from lmzoo.data.corpus import Corpus
 from lmzoo.data.objectives import Batch, Objective, Rows
 from lmzoo.data.packing import Method, Packing, pack
+from lmzoo.data.randomness import GOLDEN, mix
 
 if TYPE_CHECKING:
     import tensorflow as tf
 
 _ROUNDS = 8
 _LEAST_BITS = 6  # with fewer, some orders of a handful of rows come up measurably more often than others
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _PARALLEL_CALLS = 2
 _PREFETCH = 4
+_ATTEMPTS = 10  # to draw a row of another document
 _QUIET_SECONDS = 0.1
 _LONGEST_WAIT_SECONDS = 10.0
 _LEAST = {"seq_length": 1, "batch_size": 1, "seed": 0, "start_index": 0, "num_examples": 1, "epochs": 1}
@@ -79,13 +80,16 @@ class Batches:
                 raise ValueError(f"{name}: {value}; it must be at least {least}")
         if self.num_examples is not None and self.epochs is not None:
             raise ValueError(f"num_examples={self.num_examples} and epochs={self.epochs}: give one of the two")
-        ends = self.corpus.document_ends
-        if not self.objective.separate_documents:
+        ends, objective = self.corpus.document_ends, self.objective
+        if self.packing not in objective.packings:
+            allowed = " or ".join(map(repr, objective.packings))
+            raise ValueError(f"packing: {self.packing!r}; for {type(objective).__name__} it must be {allowed}")
+        if not objective.separate_documents:
             if self.packing == "best-fit":
                 raise ValueError("packing: 'best-fit' puts documents beside each other that must be kept separate")
             if self.packing == "stream":
                 ends = ends[-1:]
-        object.__setattr__(self, "_packed", pack(ends, self.seq_length, self.packing))
+        object.__setattr__(self, "_packed", pack(ends, self.seq_length, self.packing, objective.frame))
 
     @property
     def rows_per_epoch(self) -> int:
@@ -116,20 +120,27 @@ class Batches:
         """Makes the examples of these indices [B], in this order; padding from `stop_index` on."""
         indices = np.asarray(indices, np.int64)
         rows = self.rows_at(indices)
+        seeds = mix(np.uint64(self.seed) ^ mix(indices.astype(np.uint64)))
+        given = self._read(rows, seeds)
+        if self.objective.needs_other:
+            others = _other_rows(np.maximum(rows, 0), seeds, self._packed, self.corpus.document_ends)
+            given = given._replace(other=self._read(others, seeds))
+        return self.objective(given)
+
+    def _read(self, rows: np.ndarray, seeds: np.ndarray) -> Rows:
+        """Reads rows [B] of the packed corpus; padding for -1."""
         layout = self._packed.layout(np.maximum(rows, 0))
         real = rows >= 0
         in_row = (layout.segment_ids > 0) & real[:, None]
         has_next = layout.has_next & real[:, None]
         following = np.minimum(layout.places + 1, self.corpus.num_tokens - 1)
-        return self.objective(
-            Rows(
-                token_ids=self.corpus.take(layout.places) * in_row,
-                next_token_ids=self.corpus.take(following) * has_next,
-                has_next=has_next,
-                segment_ids=layout.segment_ids * in_row,
-                positions=layout.positions * in_row,
-                seeds=_mix(np.uint64(self.seed) ^ _mix(indices.astype(np.uint64))),
-            )
+        return Rows(
+            token_ids=self.corpus.take(layout.places) * in_row,
+            next_token_ids=self.corpus.take(following) * has_next,
+            has_next=has_next,
+            segment_ids=layout.segment_ids * in_row,
+            positions=layout.positions * in_row,
+            seeds=seeds,
         )
 
     def batch_at(self, step: int) -> Batch:
@@ -209,6 +220,18 @@ class Batches:
         return self.start_index + step * self.batch_size + part * size + np.arange(size)
 
 
+def _other_rows(rows: np.ndarray, seeds: np.ndarray, packed: Packing, document_ends: np.ndarray) -> np.ndarray:
+    """Draws for each of the rows [B] another one, of another document if a few attempts find one."""
+    others = rows
+    document = documents = packed.documents(rows, document_ends)
+    for _ in range(_ATTEMPTS):
+        seeds = mix(seeds ^ GOLDEN)
+        again = (documents == document) | (others == rows)
+        others = np.where(again, (seeds % np.uint64(packed.num_rows)).astype(np.int64), others)
+        documents = packed.documents(others, document_ends)
+    return others
+
+
 def permute(positions: np.ndarray, size: int, seed: int, epochs: np.ndarray) -> np.ndarray:
     """Maps positions [B] below `size` by the pseudorandom permutation of (seed, epoch [B]), in constant memory.
 
@@ -219,7 +242,7 @@ def permute(positions: np.ndarray, size: int, seed: int, epochs: np.ndarray) -> 
     """
     bits = max(_LEAST_BITS, (size - 1).bit_length())
     widths = (bits - bits // 2, bits // 2)
-    keys = _mix(np.uint64(seed) ^ _mix(~epochs.astype(np.uint64)))
+    keys = mix(np.uint64(seed) ^ mix(~epochs.astype(np.uint64)))
     permuted = _feistel(positions.astype(np.uint64), keys, widths)
     while (outside := permuted >= size).any():
         permuted[outside] = _feistel(permuted[outside], keys[outside], widths)
@@ -230,21 +253,10 @@ def _feistel(numbers: np.ndarray, keys: np.ndarray, widths: tuple[int, int]) -> 
     left_width, right_width = widths
     left, right = numbers >> np.uint64(right_width), numbers & np.uint64((1 << right_width) - 1)
     for _ in range(_ROUNDS):  # an even number, so that the widths end as they began
-        keys = keys + _GOLDEN
-        left, right = right, left ^ (_mix(keys ^ right) >> np.uint64(64 - left_width))
+        keys = keys + GOLDEN
+        left, right = right, left ^ (mix(keys ^ right) >> np.uint64(64 - left_width))
         left_width, right_width = right_width, left_width
     return left << np.uint64(right_width) | right
-
-
-def _mix(numbers: np.ndarray) -> np.ndarray:
-    """Hashes uint64 to uint64, one to one.
-
-    Reference: Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators", the mix of SplitMix64.
-    """
-    numbers = numbers + _GOLDEN
-    numbers = (numbers ^ numbers >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    numbers = (numbers ^ numbers >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return numbers ^ numbers >> np.uint64(31)
 
 
 class _ExitGuard:

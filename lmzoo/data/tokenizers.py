@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, overload
 
 import tokenizers
 
-from lmzoo.data import tokenizer_files, tokenizer_training
+from lmzoo.data import tokenizer_files, tokenizer_pairs, tokenizer_training
 from lmzoo.files import write_whole
 
 if TYPE_CHECKING:
@@ -152,6 +152,27 @@ class Tokenizer:
             texts = [tokenizer_training.without_surrogates(item) for item in texts]
             encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
+
+    def encode_pairs(
+        self, first: Iterable[str], second: Iterable[str] | None = None, *, max_length: int | None = None
+    ) -> tokenizer_pairs.Encodings:
+        """Encodes texts, or pairs of texts, as an encoder reads them: special tokens around, token types, offsets.
+
+        ```python
+        encodings = tokenizer.encode_pairs(["Who wrote it?"], ["A book by Jane Austen."], max_length=128)
+        encodings.token_ids, encodings.token_type_ids, encodings.offsets
+        ```
+
+        Args:
+            first: the texts.
+            second: the text that belongs to each of them; None for single texts.
+            max_length: tokens, special ones included. What is longer is cut at its end, the longer text of a pair
+                first, until both are equally long. None cuts nothing.
+
+        Raises:
+            ValueError: `first` and `second` differ in number, or `max_length` leaves no room for the special tokens.
+        """
+        return tokenizer_pairs.encode_pairs(self._backend, first, second, max_length)
 
     def decode(self, ids: Any, skip_special_tokens: bool = True) -> str | list[str]:
         """Turns token ids into text: a flat sequence gives a str, a nested one, row by row, a list of str.

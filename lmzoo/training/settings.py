@@ -11,10 +11,10 @@ from typing import Any, Literal
 from lmzoo.files import write_whole
 
 _FILE = "pretrain.json"
-# What may change between a run and its continuation without changing what is learnt.
+# What may change between a run and its continuation, and changes nothing of what is learnt unless something goes wrong.
 _FREE = (
     *("directory", "resolver", "virtual_cpus", "log_every", "keep", "steps_per_execution", "verbose"),
-    *("checkpoint_every", "max_skipped", "stall_seconds"),
+    *("checkpoint_every", "max_skipped", "spike_factor", "stall_seconds"),
 )
 # What may change too, but changes the order in which numbers are added up: said, and no more.
 _ROUNDING = ("strategy", "micro_batches", "jit_compile", "remat")

@@ -14,14 +14,14 @@ from harness import main, peak_mb, time_calls
 ROWS, LENGTH = 4, 512
 
 
-def measure(dtype: str, remat: str | None, jit_compile: bool = False) -> dict[str, float]:
+def measure(dtype: str, remat: str | None) -> dict[str, float]:
     import keras
 
     from lmzoo import GPTModel
 
     keras.utils.set_random_seed(0)
     model = GPTModel.from_preset("gpt2", dtype=dtype)
-    model.compile(remat=remat, jit_compile=jit_compile)
+    model.compile(remat=remat)
 
     def step(rows: int, length: int) -> float:
         tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, length + 1)).astype("int32")
@@ -45,10 +45,7 @@ def measure(dtype: str, remat: str | None, jit_compile: bool = False) -> dict[st
 if __name__ == "__main__":
     main(
         {
-            f"{name} {'remat' if remat else 'plain'}{' XLA' if jit_compile else ''}": functools.partial(
-                measure, dtype, remat, jit_compile
-            )
-            for jit_compile in (False, True)
+            f"{name} {'remat' if remat else 'plain'}": functools.partial(measure, dtype, remat)
             for name, dtype in (("float32", "float32"), ("bfloat16", "mixed_bfloat16"))
             for remat in (None, "block")
         },

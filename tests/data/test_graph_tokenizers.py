@@ -272,7 +272,7 @@ def test_added_tokens(bpe, char, hard_strings, kind, add_prefix_space):
     assert_twins(Tokenizer(backend), strings)
 
 
-@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
+@pytest.mark.parametrize("kind", ["unigram"])
 def test_kinds_without_a_twin_are_named(kind):
     tokenizer = Tokenizer.train(iter([training_text()[:5000]]), kind=kind, vocab_size=300)
     with pytest.raises(ValueError, match=f"(?i)no in-graph twin: its model is {kind}"):

@@ -1,7 +1,6 @@
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -180,11 +179,8 @@ def test_the_last_batch(corpus):
     assert Batches(corpus, Causal(), 16, 7, epochs=1, start_index=10**6).num_batches == 0
 
 
-@dataclass(frozen=True)
-class Seeds:
+class Seeds(Causal):
     """An objective that shows the seeds it is given."""
-
-    separate_documents = True
 
     def __call__(self, rows):
         return {"seeds": rows.seeds.astype(np.int64)}, rows.next_token_ids, rows.has_next.astype(np.float32)

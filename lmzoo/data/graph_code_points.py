@@ -1,0 +1,178 @@
+"""What BERT's normalizer and pre-tokenizer make of each code point, as tables for a graph.
+
+The tables are asked of the `tokenizers` library, whose Unicode version is not that of Python or of TensorFlow.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from tokenizers import normalizers, pre_tokenizers
+
+LETTER, ISOLATED, SPACE, DROPPED = range(4)
+ORDERS = 64  # more than there are combining classes
+
+_SIZE = 0x110000
+_PAGE = 256
+_TEXT = np.r_[0:0xD800, 0xE000:_SIZE]  # surrogates are in no text
+_STRANGER = 0x10000  # a letter that no normalizer makes of another or changes
+
+
+class Expanded(NamedTuple):
+    """What a normalizer makes of characters, before marks are put into canonical order and the dropped ones go.
+
+    Shapes:
+        source: [M] int64, the character that each result comes from, ascending.
+        is_first: [M] bool, whether it is the first result of its character.
+        code_points: [M] int32.
+        kinds: [M] int32, one of `LETTER`, `ISOLATED` (a word of its own), `SPACE` and `DROPPED`.
+        order: [M] int32, the rank of its combining class; 0 is a character that nothing is moved across.
+    """
+
+    source: tf.Tensor
+    is_first: tf.Tensor
+    code_points: tf.Tensor
+    kinds: tf.Tensor
+    order: tf.Tensor
+
+
+class CodePointTable(tf.Module):
+    """Maps each code point to what `BertNormalizer` and `BertPreTokenizer` make of it.
+
+    The results of a code point, one to four, or none if it is taken out, are held in pages of 256 code points, and
+    equal pages are held once, which is why results are stored as differences.
+
+    Args:
+        clean_text, handle_chinese_chars, strip_accents, lowercase: those of `BertNormalizer`.
+    """
+
+    def __init__(self, clean_text: bool, handle_chinese_chars: bool, strip_accents: bool, lowercase: bool):
+        super().__init__()
+        counts, results, kinds, order = _results(clean_text, handle_chinese_chars, strip_accents, lowercase)
+        self.reorders = bool(order.any())
+        self._most = results.shape[1]
+        columns = np.concatenate(
+            [counts[:, None], results - np.arange(_SIZE)[:, None] * (results > 0), kinds * ORDERS + order], axis=1
+        )
+        self._width = columns.shape[1]
+        pages, page_of = np.unique(columns.reshape(_SIZE // _PAGE, -1), axis=0, return_inverse=True)
+        self._columns = tf.constant(pages.reshape(-1), tf.int32)
+        self._page_of = tf.constant(page_of.reshape(-1), tf.int32)
+
+    def expand(self, code_points: tf.Tensor, special: tf.Tensor) -> Expanded:
+        """Gives the results of code points [N]; one, isolated, for those that stand for a special token."""
+        page = tf.gather(self._page_of, code_points // _PAGE)
+        entry = (page * _PAGE + code_points % _PAGE) * self._width
+        counts = tf.where(special, 1, tf.gather(self._columns, entry))
+        number = tf.ragged.range(counts)  # [N, results]
+        source = row_ids(number)
+        column = tf.gather(entry, source) + 1 + number.values
+        facts = tf.gather(self._columns, column + self._most)
+        special = tf.gather(special, source)
+        return Expanded(
+            source,
+            number.values == 0,
+            tf.gather(code_points, source) + tf.gather(self._columns, column),
+            tf.where(special, ISOLATED, facts // ORDERS),
+            tf.where(special, 0, facts % ORDERS),
+        )
+
+
+def row_ids(ragged: tf.RaggedTensor) -> tf.Tensor:
+    """The row of each value: what `value_rowids` gives, which takes memory for (rows x longest row) values."""
+    ends = tf.cast(ragged.row_splits[1:], tf.int64)
+    size = tf.shape(ragged.values, tf.int64)[0]
+    return tf.cumsum(tf.math.unsorted_segment_sum(tf.ones_like(ends), ends, size + 1))[:-1]
+
+
+@functools.cache
+def _results(
+    clean_text: bool, handle_chinese_chars: bool, strip_accents: bool, lowercase: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of each code point the number of results [_SIZE], and the results, their kinds and orders [_SIZE, most]."""
+    before = list(map(chr, _TEXT))
+    own_words = np.zeros(len(before), bool)
+    if clean_text:
+        before = _ask(_bert_normalizer(clean_text=True), before)
+    if handle_chinese_chars:
+        own_words = np.array([len(text) > 1 for text in _ask(_bert_normalizer(handle_chinese_chars=True), before)])
+    if strip_accents:
+        before = _ask(normalizers.NFD(), before)
+    after = _ask(normalizers.Lowercase(), before) if lowercase else before
+    counts = np.fromiter(map(len, after), np.int64, len(after))
+    owner = np.repeat(np.arange(len(after)), counts)
+    column = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    code_points = _code_points(after)
+    kinds = np.where(own_words[owner], ISOLATED, _kinds()[code_points])
+    order = np.zeros(len(owner), np.int64)
+    if strip_accents:  # then lower case changes no character into two, and marks not at all
+        marks = _code_points(before)
+        kinds[np.isin(marks, _accents())] = DROPPED
+        order = _combining_order()[marks]
+    table = np.zeros((3, _SIZE, int(counts.max())), np.int64)
+    table[:, _TEXT[owner], column] = code_points, kinds, order
+    all_counts = np.zeros(_SIZE, np.int64)
+    all_counts[_TEXT] = counts
+    return all_counts, table[0], table[1], table[2]
+
+
+def _bert_normalizer(**options: bool) -> normalizers.Normalizer:
+    off = {"clean_text": False, "handle_chinese_chars": False, "strip_accents": False, "lowercase": False}
+    return normalizers.BertNormalizer(**(off | options))
+
+
+def _ask(normalizer: normalizers.Normalizer, texts: list[str]) -> list[str]:
+    """Normalizes short texts, none of which reaches across the stranger between them, all at once."""
+    stranger = chr(_STRANGER)
+    answer = normalizer.normalize_str(stranger.join("" if stranger in text else text for text in texts))
+    return [text if stranger in text else changed for text, changed in zip(texts, answer.split(stranger), strict=True)]
+
+
+def _code_points(texts: list[str]) -> np.ndarray:
+    return np.frombuffer("".join(texts).encode("utf-32-le"), np.int32)
+
+
+@functools.cache
+def _kinds() -> np.ndarray:
+    """Of each code point whether it is a letter to the pre-tokenizer, a word of its own, or space [_SIZE]."""
+    kinds = np.full(_SIZE, SPACE)
+    split = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
+    for start in range(0, len(_TEXT), 4096):
+        part = _TEXT[start : start + 4096]
+        # Each twice, so that a word of one character is one that never joins another.
+        for word, (first, last) in split("".join(chr(code_point) * 2 for code_point in part)):
+            kinds[part[first // 2 : -(-last // 2)]] = ISOLATED if len(word) == 1 else LETTER
+    return kinds
+
+
+@functools.cache
+def _accents() -> np.ndarray:
+    """The code points that strip_accents takes out."""
+    return _TEXT[[not text for text in _ask(_bert_normalizer(strip_accents=True), list(map(chr, _TEXT)))]]
+
+
+@functools.cache
+def _combining_order() -> np.ndarray:
+    """A rank of the canonical combining class of each code point, 0 for class 0 [_SIZE]."""
+
+    def swapped(pairs: list[str]) -> list[bool]:
+        return [pair != text == pair[::-1] for text, pair in zip(_ask(normalizers.NFD(), pairs), pairs, strict=True)]
+
+    # A character of a class moves behind a tilde overlay (class 1), or in front of an acute accent (class 230).
+    characters = list(map(chr, _TEXT))
+    behind, before = swapped([c + "\u0334" for c in characters]), swapped(["\u0301" + c for c in characters])
+    marks = [c for c, *moves in zip(characters, behind, before, strict=True) if any(moves)]
+    ranks = np.zeros(len(marks), np.int64)
+    rest = np.ones(len(marks), bool)
+    while rest.any():  # a class at a time
+        probe = marks[int(np.argmax(rest))]
+        higher = np.array(swapped([mark + probe for mark in marks]))
+        lower = np.array(swapped([probe + mark for mark in marks]))
+        ranks += higher
+        rest &= higher | lower
+    order = np.zeros(_SIZE, np.int64)
+    order[_code_points(marks)] = ranks + 1
+    return order
