@@ -11,6 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lmzoo.config import ModelConfig as ModelConfig
     from lmzoo.data.tokenizers import Tokenizer as Tokenizer
+    from lmzoo.models.bert import BertConfig as BertConfig
+    from lmzoo.models.bert import BertModel as BertModel
+    from lmzoo.models.bert import DistilBertConfig as DistilBertConfig
+    from lmzoo.models.bert import DistilBertModel as DistilBertModel
+    from lmzoo.models.bert import RobertaConfig as RobertaConfig
+    from lmzoo.models.bert import RobertaModel as RobertaModel
     from lmzoo.models.gpt import GPTConfig as GPTConfig
     from lmzoo.models.gpt import GPTModel as GPTModel
     from lmzoo.pipelines import TextGenerator as TextGenerator
@@ -22,6 +28,12 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "ModelConfig": "lmzoo.config",
+    "BertConfig": "lmzoo.models.bert",
+    "BertModel": "lmzoo.models.bert",
+    "DistilBertConfig": "lmzoo.models.bert",
+    "DistilBertModel": "lmzoo.models.bert",
+    "RobertaConfig": "lmzoo.models.bert",
+    "RobertaModel": "lmzoo.models.bert",
     "GPTConfig": "lmzoo.models.gpt",
     "GPTModel": "lmzoo.models.gpt",
     "Tokenizer": "lmzoo.data.tokenizers",

@@ -128,6 +128,11 @@ class ModelConfig:
         """Number of trainable parameters, computed from the shape alone: nothing is allocated."""
         raise NotImplementedError
 
+    @property
+    def head_params(self) -> int:
+        """Number of parameters of heads that published counts, and so `count_params`, leave out."""
+        return 0
+
     def training_flops_per_token(self, seq_length: int) -> float:
         """Floating-point operations of one training step (forward and backward) for each token of a row.
 

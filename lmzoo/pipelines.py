@@ -18,7 +18,7 @@ from lmzoo.data.tokenizer_training import without_surrogates
 from lmzoo.data.tokenizers import Tokenizer
 from lmzoo.export import write_saved_model
 from lmzoo.generation import SamplingOptions, StreamedTokens
-from lmzoo.models import LanguageModel, load_pretrained
+from lmzoo.models import CausalLM, load_pretrained
 
 Tensor = Any
 
@@ -72,7 +72,7 @@ class TextGenerator(tf.Module):
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: CausalLM,
         tokenizer: Tokenizer,
         max_new_tokens: int = 64,
         temperature: float = 0.8,
@@ -84,6 +84,10 @@ class TextGenerator(tf.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        if not isinstance(model, CausalLM):
+            raise ValueError(
+                f"{type(model).__name__} does not continue texts: TextGenerator needs a causal LM."
+            )
         config = model.config
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(

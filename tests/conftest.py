@@ -16,6 +16,16 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("lmzoo")
 
+_TINY_ENCODER = {
+    "vocab_size": 61,
+    "context_length": 24,
+    "num_layers": 2,
+    "num_heads": 2,
+    "model_dim": 16,
+    "feedforward_dim": 24,
+    "dropout_rate": 0.0,
+}
+
 TINY: dict[str, dict[str, Any]] = {
     "gpt2": {
         "vocab_size": 61,
@@ -26,8 +36,17 @@ TINY: dict[str, dict[str, Any]] = {
         "dropout_rate": 0.0,
         "eos_token_id": 0,
     },
+    "bert": {**_TINY_ENCODER, "num_token_types": 2, "pooler": True},
+    "roberta": {**_TINY_ENCODER, "pad_token_id": 1},
+    "distilbert": _TINY_ENCODER,
 }
 """Architecture -> config fields of a model small enough to be made in every test. One line a new architecture."""
+
+CAUSAL = ("gpt2",)
+"""Those that continue a text."""
+
+WITH_A_FORWARD_PASS_OF_THEIR_OWN = ("gpt2", "bert")
+"""Those that are no other architecture with other options: for tests of what takes long and does not depend on them."""
 
 
 @pytest.fixture(params=TINY, scope="session")

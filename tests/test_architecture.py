@@ -28,6 +28,8 @@ FLOORS = {
     "cli": 6,
     "__main__": 7,
 }
+# What the architectures in `models` have in common.
+SHARED = {"base", "causal", "transformer"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MODULES = {source.relative_to(PACKAGE).with_suffix("").parts: source for source in SOURCES}
 
@@ -86,11 +88,10 @@ def test_imports_go_downwards_only():
 
 
 def test_architectures_do_not_import_each_other():
-    shared = {"base", "__init__"}
-    architectures = {parts[1] for parts in MODULES if parts[0] == "models" and len(parts) > 1} - shared
-    assert "gpt" in architectures
+    architectures = {parts[1] for parts in MODULES if parts[0] == "models" and len(parts) > 1} - SHARED - {"__init__"}
+    assert {"gpt", "bert"} <= architectures
     faults = []
-    for name in architectures | {"base"}:
+    for name in architectures | SHARED:
         source = MODULES["models", name]
         others = {f"lmzoo.models.{other}" for other in architectures - {name}}
         faults += [
@@ -105,7 +106,7 @@ def _architecture_names() -> set[str]:
     """Module and class names of the architectures, read from the files themselves."""
     names = set()
     for parts, source in MODULES.items():
-        if parts[0] == "models" and parts[-1] not in ("base", "__init__"):
+        if parts[0] == "models" and parts[-1] not in SHARED | {"__init__"}:
             names.add(f"lmzoo.models.{'.'.join(parts[1:])}")
             names |= {node.name for node in _tree(source).body if isinstance(node, ast.ClassDef)}
     return names
@@ -113,7 +114,7 @@ def _architecture_names() -> set[str]:
 
 def test_nothing_but_the_table_names_an_architecture():
     names = _architecture_names()
-    assert {"GPTModel", "GPTConfig", "lmzoo.models.gpt"} <= names
+    assert {"GPTModel", "GPTConfig", "lmzoo.models.gpt", "RobertaModel"} <= names
     faults = []
     for parts, source in MODULES.items():
         if parts[0] == "models" or parts == ("__init__",):  # The table, and the lazy public names.
@@ -156,8 +157,8 @@ def test_the_process_that_loads_jax_loads_nothing_of_lmzoo():
 
 
 def test_layers_and_models_use_keras_ops():
-    """TensorFlow itself is for the loss, which needs its own gradient, and for the base's decoding."""
-    allowed = {("layers", "losses"), ("models", "base")}
+    """TensorFlow itself is for the loss, which needs its own gradient, for compiling, and for decoding."""
+    allowed = {("layers", "losses"), ("models", "base"), ("models", "causal")}
     users = {
         parts
         for parts, source in MODULES.items()
@@ -168,7 +169,7 @@ def test_layers_and_models_use_keras_ops():
 
 def test_files_are_short_enough_to_read():
     lengths = {parts: len(source.read_text(encoding="utf-8").splitlines()) for parts, source in MODULES.items()}
-    limits = {parts: 600 if parts[0] == "models" and parts[-1] != "base" else 400 for parts in MODULES}
+    limits = {parts: 600 if parts[0] == "models" and parts[-1] not in SHARED else 400 for parts in MODULES}
     long = {"/".join(parts): length for parts, length in lengths.items() if length > limits[parts]}
     assert not long
 
@@ -215,11 +216,12 @@ def test_light_imports_stay_light(statement, absent):
 
 
 def test_every_architecture_has_a_tiny_config():
-    from conftest import TINY
+    from conftest import CAUSAL, TINY
 
-    from lmzoo.models import ARCHITECTURES
+    from lmzoo.models import ARCHITECTURES, CausalLM
 
     assert set(TINY) == set(ARCHITECTURES)
+    assert set(CAUSAL) == {name for name, model_class in ARCHITECTURES.items() if issubclass(model_class, CausalLM)}
     for name, model_class in ARCHITECTURES.items():
         assert model_class.config_class.model_type == name
         model_class.config_class.from_dict(TINY[name])

@@ -12,6 +12,7 @@ from tiny_pipeline import CONTEXT_LENGTH, PROMPTS, ScriptedModel, shared_model, 
 from lmzoo.checkpoints import CheckpointError
 from lmzoo.data.tokenizers import Tokenizer
 from lmzoo.generation import SamplingOptions
+from lmzoo.models.bert import BertModel
 from lmzoo.pipelines import TextGenerator
 
 NEW = 12
@@ -216,9 +217,16 @@ def test_new_tokens_that_leave_no_room_for_a_prompt_are_refused(max_new_tokens):
         TextGenerator(shared_model(), tiny_tokenizer(), max_new_tokens)
 
 
-def test_a_tokenizer_without_a_twin_is_refused():
+def test_a_model_that_does_not_continue_texts_is_refused():
+    encoder = BertModel.from_preset("bert-tiny", vocab_size=60, num_layers=1)
     tokenizer = Tokenizer.train(iter(["the cat sat on the mat"]), kind="wordpiece", vocab_size=60)
-    with pytest.raises(ValueError, match="no in-graph twin: its model is WordPiece"):
+    with pytest.raises(ValueError, match="BertModel does not continue texts"):
+        TextGenerator(encoder, tokenizer, NEW)
+
+
+def test_a_tokenizer_without_a_twin_is_refused():
+    tokenizer = Tokenizer.train(iter(["the cat sat on the mat"]), kind="unigram", vocab_size=60)
+    with pytest.raises(ValueError, match="no in-graph twin: its model is Unigram"):
         TextGenerator(shared_model(), tokenizer, NEW)
 
 

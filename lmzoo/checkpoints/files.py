@@ -45,8 +45,8 @@ def find_checkpoint(directory: PathLike) -> Path:
     )
 
 
-def read_config(directory: PathLike) -> dict[str, Any]:
-    """The dictionary in `config.json`.
+def read_config(directory: PathLike, name: str = CONFIG) -> dict[str, Any]:
+    """The dictionary in `config.json`, or in a file of another `name`.
 
     Raises:
         CheckpointError: the directory or the file is missing, or the file is not a JSON object.
@@ -54,12 +54,12 @@ def read_config(directory: PathLike) -> dict[str, Any]:
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory; a checkpoint is one that holds {CONFIG} and {WEIGHTS}.")
-    if not (directory / CONFIG).exists() and any(directory.glob(f"*{_TEMPORARY}")):
+    if not (directory / name).exists() and any(directory.glob(f"*{_TEMPORARY}")):
         raise CheckpointError(
-            f"{directory / CONFIG} is missing, and there are files that end in {_TEMPORARY}: a save is under way or "
+            f"{directory / name} is missing, and there are files that end in {_TEMPORARY}: a save is under way or "
             "was cut off. If none is under way, save the model again."
         )
-    return _read_json(directory / CONFIG)
+    return _read_json(directory / name)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ def match_tensors(
     prefix: str = "",
     ignored: str | None = None,
     tied: Mapping[str, str] | None = None,
+    optional: str | None = None,
 ) -> dict[str, Callable[[], np.ndarray]]:
     """Finds each expected tensor, whether its name carries the prefix or not.
 
@@ -27,10 +28,12 @@ def match_tensors(
         expected: name without prefix -> shape.
         prefix: what a model with a head writes before the names of its backbone, such as "transformer.".
         ignored: regular expression of names (without prefix) that a checkpoint may hold beside the expected ones.
-        tied: name (without prefix) that a checkpoint may hold beside the expected ones -> the one it must equal.
+        tied: name (without prefix) that a checkpoint may hold beside an expected one, or in place of it -> that one,
+            which it must equal.
+        optional: regular expression of expected names that a checkpoint may lack.
 
     Returns:
-        name without prefix -> function that reads the tensor.
+        name without prefix -> function that reads the tensor; without what is lacking.
 
     Raises:
         CheckpointError: tensors are missing, unknown, of another shape or not of a floating-point type, or a tied one
@@ -40,10 +43,17 @@ def match_tensors(
     found: dict[str, str] = {}
     problems = []
     for stored in sorted(files):
-        first = found.setdefault(stored.removeprefix(prefix), stored)
+        first = found.setdefault(_current(stored.removeprefix(prefix)), stored)
         if first != stored:
             problems.append(f"twice: {first} and {stored}")
-    problems += [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    for copy, name in tied.items():
+        if copy in found and name in expected:
+            found.setdefault(name, found[copy])
+    problems += [
+        f"missing: {name} {list(shape)}"
+        for name, shape in expected.items()
+        if name not in found and not (optional and re.fullmatch(optional, name))
+    ]
     for name, stored in found.items():
         if name in expected:
             if files.shape(stored) != tuple(expected[name]):
@@ -60,4 +70,9 @@ def match_tensors(
             f"the tensors in {files.directory} are not those of the model that its config.json describes:\n  "
             + "\n  ".join(sorted(problems))
         )
-    return {name: files[found[name]] for name in expected}
+    return {name: files[found[name]] for name in expected if name in found}
+
+
+def _current(name: str) -> str:
+    """Normalisations of checkpoints from TensorFlow, and of the first ones in torch, have gamma and beta."""
+    return re.sub(r"\bgamma$", "weight", re.sub(r"\bbeta$", "bias", name))

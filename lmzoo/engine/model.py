@@ -74,6 +74,10 @@ class ReplicatedModel(keras.Model):
         """Returns new metrics for each name that `compute_sums` returns; a name may feed several."""
         return {"loss": GlobalMean(name="loss")}
 
+    def idle_variables(self) -> Sequence[keras.Variable]:
+        """Returns the weights that some batches do not train, because they lack the labels: no reason for a warning."""
+        return ()
+
     def compile(self, optimizer: Any = "adamw", loss: Any = None, *, micro_batches: int = 1, **kwargs: Any) -> None:
         """Configures training; as `keras.Model.compile`, with these differences.
 
@@ -252,7 +256,7 @@ class ReplicatedModel(keras.Model):
         batch = keras.utils.unpack_x_y_sample_weight(data)
         with own_randomness(self):
             gradients, packed = self._local_gradients(batch, scale, as_mean=alone)
-        variables, gradients = update.connected(self.trainable_variables, gradients)
+        variables, gradients = update.connected(self.trainable_variables, gradients, self.idle_variables())
         *gradients, packed, wishes = reduction.all_reduce_sum([*gradients, packed, self._state.stop_wish.read_value()])
         value, weight = reduction.unpack(packed, list(self._state.metrics))["loss"]
         accumulation = update.Accumulation(optimizer, variables, self._state.accumulated_weight)

@@ -50,9 +50,11 @@ def update_loss_scale(optimizer: Optimizer, finite: tf.Tensor) -> None:
 
 
 def connected(
-    variables: Sequence[keras.Variable], gradients: Sequence[tf.Tensor | None]
+    variables: Sequence[keras.Variable],
+    gradients: Sequence[tf.Tensor | None],
+    idle: Sequence[keras.Variable] = (),
 ) -> tuple[list[keras.Variable], list[tf.Tensor]]:
-    """Leaves out the variables that the loss does not depend on, with a warning, as Keras does.
+    """Leaves out the variables that the loss does not depend on, with a warning, as Keras does, unless all are `idle`.
 
     Raises:
         ValueError: it depends on none of them.
@@ -61,8 +63,14 @@ def connected(
     if not pairs:
         raise ValueError("the loss does not depend on any trainable weight, so there is no gradient to apply.")
     if len(pairs) < len(variables):
-        without = [variable.path for variable, gradient in zip(variables, gradients, strict=True) if gradient is None]
-        warnings.warn(f"the loss does not depend on {', '.join(without)}: left as they are.", stacklevel=2)
+        expected = {id(variable) for variable in idle}
+        without = [
+            variable.path
+            for variable, gradient in zip(variables, gradients, strict=True)
+            if gradient is None and id(variable) not in expected
+        ]
+        if without:
+            warnings.warn(f"the loss does not depend on {', '.join(without)}: left as they are.", stacklevel=2)
     return [variable for variable, _ in pairs], [gradient for _, gradient in pairs]
 
 

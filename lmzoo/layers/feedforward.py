@@ -20,6 +20,11 @@ def gelu_tanh(inputs: Tensor) -> Tensor:
     return ops.gelu(inputs, approximate=True)
 
 
+def activation_function(activation: Any) -> Any:
+    """The function of a Keras activation's name, of "gelu_tanh", or of a callable."""
+    return gelu_tanh if activation == "gelu_tanh" else keras.activations.get(activation)
+
+
 class FeedForward(keras.layers.Layer):
     """Two projections with an activation between them.
 
@@ -47,7 +52,7 @@ class FeedForward(keras.layers.Layer):
     ) -> None:
         super().__init__(**kwargs)
         self.feedforward_dim = feedforward_dim
-        self.activation = gelu_tanh if activation == "gelu_tanh" else keras.activations.get(activation)
+        self.activation = activation_function(activation)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.output_initializer = keras.initializers.get(output_initializer)
 

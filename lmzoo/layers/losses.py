@@ -88,7 +88,9 @@ def token_cross_entropy(
 
         return (sums.loss, sums.correct), gradient
 
-    loss, correct = weighted_loss(hidden, tf.convert_to_tensor(table), *(() if bias is None else (bias,)))
+    loss, correct = weighted_loss(
+        hidden, tf.convert_to_tensor(table), *(() if bias is None else (tf.convert_to_tensor(bias),))
+    )
     return TokenLossSums(loss=loss, weight=tf.reduce_sum(weights), correct=correct)
 
 
@@ -216,7 +218,7 @@ def _add_products(
 
 
 def _after(before: list[Tensor], tensor: Tensor) -> Tensor:
-    """`tensor`, which cannot be computed before all of `before` are: a dependency that XLA keeps too, unlike TensorFlow's.
+    """`tensor`, which cannot be computed before all of `before` are: a dependency that XLA keeps, unlike TensorFlow's.
 
     To each number is added min(|x|, 0), where x is the first number of each of `before`: 0 if they are finite.
     """

@@ -64,3 +64,14 @@ def token_positions(token_mask: Tensor, num_before: Tensor | None = None) -> Ten
     if num_before is not None:
         count = count + ops.expand_dims(num_before, 1)
     return ops.maximum(count - 1, 0)
+
+
+def take_positions(hidden: Tensor, places: Tensor) -> Tensor:
+    """The hidden states of some tokens of each row, by their places in it.
+
+    Shapes:
+        hidden [B, T, D], places [B, M] int32 in [0, T); returns [B, M, D].
+    """
+    rows, length, width = ops.shape(hidden)
+    places = places + ops.expand_dims(ops.arange(rows, dtype="int32") * length, 1)  # [B, M], among all rows' tokens
+    return ops.take(ops.reshape(hidden, (-1, width)), places, axis=0)  # [B, M, D]

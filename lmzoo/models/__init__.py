@@ -5,11 +5,16 @@ from typing import Any
 
 from lmzoo import checkpoints
 from lmzoo.config import ModelConfig, closest
-from lmzoo.models.base import LanguageModel
+from lmzoo.models.base import LanguageModel as LanguageModel
+from lmzoo.models.bert import BertModel, DistilBertModel, RobertaModel
+from lmzoo.models.causal import CausalLM as CausalLM
 from lmzoo.models.gpt import GPTModel
 
 ARCHITECTURES: dict[str, type[LanguageModel]] = {
     "gpt2": GPTModel,
+    "bert": BertModel,
+    "roberta": RobertaModel,
+    "distilbert": DistilBertModel,
 }
 """`model_type` of a checkpoint's config.json -> model class."""
 

@@ -1,11 +1,12 @@
-"""What every language model can do: its contract with training, decoding and checkpoints."""
+"""What every language model can do: its contract with training and checkpoints."""
 
 from __future__ import annotations
 
 import functools
 import os
+import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import keras
@@ -18,22 +19,24 @@ from lmzoo.engine.metrics import GlobalMean, Perplexity
 from lmzoo.engine.model import ReplicatedModel
 from lmzoo.engine.optimizers import make_optimizer
 from lmzoo.engine.recompute import recomputed
-from lmzoo.generation.decode import Decoder, StreamedTokens
-from lmzoo.generation.sampling import SamplingOptions
-from lmzoo.layers import KeyValueCache, token_cross_entropy
+from lmzoo.layers import token_cross_entropy
 
 Tensor = Any
-Prompts = Any
-
-# Prompts are padded to a multiple of this, so that prompts of similar lengths share one compiled function.
-_PROMPT_MULTIPLE = 32
 
 
 class LanguageModel(ReplicatedModel):
-    """A model from token ids to logits, with its objective, its decoding step and its checkpoint layout.
+    """A model from token ids to logits, with its objective and its checkpoint layout.
 
-    A subclass says what it is in five methods: `features`, `head`, `init_cache`, `checkpoint_variables` and, on its
-    config, `from_hugging_face` / `to_hugging_face`. All weights exist when the constructor returns.
+    A subclass says what it is in four methods: `features`, `head`, `checkpoint_variables` and, on its config,
+    `from_hugging_face` / `to_hugging_face`. All weights exist when the constructor returns. How a checkpoint differs
+    from the names and shapes of `checkpoint_variables` is said by class variables:
+
+        checkpoint_prefix: stands before the names of a backbone, such as "transformer.".
+        checkpoint_heads: beginnings of the names that never carry the prefix.
+        checkpoint_transposed: whether kernels are stored as torch's linear layers are, [output, input].
+        checkpoint_optional: regular expression of the names that a checkpoint may lack, as that of another task does.
+        checkpoint_ignored: regular expression of the names that a checkpoint may hold beside the model's.
+        checkpoint_tied: name that a checkpoint may hold beside the model's, or in place of it -> the one it must equal.
 
     Args:
         config: shape of the model.
@@ -42,8 +45,11 @@ class LanguageModel(ReplicatedModel):
 
     config_class: ClassVar[type[ModelConfig]]
     checkpoint_prefix: ClassVar[str] = ""
-    checkpoint_tied: ClassVar[Mapping[str, str]] = {}
+    checkpoint_heads: ClassVar[tuple[str, ...]] = ()
+    checkpoint_transposed: ClassVar[bool] = False
+    checkpoint_optional: ClassVar[str | None] = None
     checkpoint_ignored: ClassVar[str | None] = None
+    checkpoint_tied: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -54,14 +60,11 @@ class LanguageModel(ReplicatedModel):
     # -- What an architecture implements.
 
     @abstractmethod
-    def features(
-        self, inputs: Any, training: bool | None = None, cache: KeyValueCache | None = None
-    ) -> Tensor | tuple[Tensor, KeyValueCache]:
+    def features(self, inputs: Any, training: bool | None = None) -> Tensor:
         """Final hidden states, before the output head.
 
         Shapes:
-            inputs: token ids [B, T] or a dict of the batch contract; returns [B, T, D] in the compute dtype, and with
-            a `cache` the updated cache too.
+            inputs: token ids [B, T] or a dict of the batch contract; returns [B, T, D] in the compute dtype.
         """
 
     @abstractmethod
@@ -69,12 +72,12 @@ class LanguageModel(ReplicatedModel):
         """The output head: table [V, D] in the compute dtype, and a bias [V] or None."""
 
     @abstractmethod
-    def init_cache(self, batch_size: Any, cache_length: Any) -> KeyValueCache:
-        """An empty cache for `batch_size` rows of `cache_length` tokens; either may be a scalar tensor."""
-
-    @abstractmethod
     def checkpoint_variables(self) -> dict[str, keras.Variable]:
-        """Name in a checkpoint of the Hugging Face layout (without prefix) -> variable of the same shape."""
+        """Name in a checkpoint of the Hugging Face layout (without prefix) -> variable.
+
+        A variable that a checkpoint holds in several pieces, side by side along the first axis as they are stored,
+        has one name for all of them: "attention.{query,key,value}.bias".
+        """
 
     # -- Making one.
 
@@ -114,20 +117,43 @@ class LanguageModel(ReplicatedModel):
     def load_pretrained_weights(self, directory: str | os.PathLike[str]) -> None:
         """Loads the weights of a checkpoint in the Hugging Face layout into this model.
 
+        Weights of heads that it lacks stay as they are, with one warning that names them.
+
         Raises:
             CheckpointError: as `from_pretrained`; no weight has been changed then.
         """
-        variables = self.checkpoint_variables()
-        shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
+        self._load_tensors(checkpoints.read_tensors(directory))
+
+    def _load_tensors(self, files: checkpoints.TensorFiles) -> None:
+        variables = self.checkpoint_entries()
+        shapes = {
+            name: shape for entry, variable in variables.items() for name, shape in entry.shapes(variable.shape).items()
+        }
         readers = checkpoints.match_tensors(
-            checkpoints.read_tensors(directory),
+            files,
             shapes,
             prefix=self.checkpoint_prefix,
             ignored=self.checkpoint_ignored,
             tied=self.checkpoint_tied,
+            optional=self.checkpoint_optional,
         )
-        for name, variable in variables.items():
-            variable.assign(readers[name]().astype(variable.dtype))
+        lacking = [name for name in shapes if name not in readers]
+        if lacking:
+            warnings.warn(
+                f"{files.directory} has no {', '.join(lacking)}: these weights of {type(self).__name__} stay as they "
+                "are, which is random in a new model.",
+                stacklevel=4,
+            )
+        for entry, variable in variables.items():
+            if all(name in readers for name in entry.names):
+                variable.assign(entry.join([readers[name]() for name in entry.names]).astype(variable.dtype))
+
+    def checkpoint_entries(self) -> dict[checkpoints.Entry, keras.Variable]:
+        """`checkpoint_variables`, by how a checkpoint stores each of them."""
+        return {
+            checkpoints.Entry.of(name, transposed=self.checkpoint_transposed and variable.name == "kernel"): variable
+            for name, variable in self.checkpoint_variables().items()
+        }
 
     @classmethod
     def _config_from(cls, values: Mapping[str, Any], directory: Any) -> Any:
@@ -149,8 +175,11 @@ class LanguageModel(ReplicatedModel):
         """
         config = {**self.config.to_hugging_face(), "dtype": self.variable_dtype}
         tensors = {
-            self.checkpoint_prefix + name: functools.partial(keras.ops.convert_to_numpy, variable)
-            for name, variable in self.checkpoint_variables().items()
+            ("" if name.startswith(self.checkpoint_heads) else self.checkpoint_prefix) + name: functools.partial(
+                _stored_piece, entry, name, variable
+            )
+            for entry, variable in self.checkpoint_entries().items()
+            for name in entry.names
         }
         checkpoints.write_checkpoint(directory, config, tensors, max_shard_bytes=max_shard_bytes)
 
@@ -224,7 +253,12 @@ class LanguageModel(ReplicatedModel):
 
     def compute_sums(self, inputs: Any, labels: Any, weights: Any, training: bool) -> dict[str, tuple[Tensor, Tensor]]:
         """Sums of token cross-entropy over the labels that count; see `ReplicatedModel.compute_sums`."""
-        hidden = self.features(inputs, training=training)
+        return self._token_sums(self.features(inputs, training=training), labels, weights, training)
+
+    def _token_sums(
+        self, hidden: Tensor, labels: Tensor, weights: Any, training: bool
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Sums of the cross-entropy between the head's scores of `hidden` and the labels; never all logits at once."""
         weights = token_weights(weights, labels)
         table, bias = self.head()
         sums = token_cross_entropy(
@@ -239,6 +273,17 @@ class LanguageModel(ReplicatedModel):
         )
         return {"loss": (sums.loss, sums.weight), "accuracy": (sums.correct, sums.weight)}
 
+    def _check_places(self, num_tokens: Any, segment_ids: Tensor | None, mask: Tensor | None) -> None:
+        """Refuses a batch without `positions` where a token's place in its row is not its position."""
+        context_length = self.config.context_length
+        if segment_ids is not None:
+            raise ValueError("inputs have segment_ids but no positions: give each token's place in its own document.")
+        # Padding takes no position, so padded rows may be wider than the context: streamed prompts are.
+        if mask is None and isinstance(num_tokens, int) and num_tokens > context_length:
+            raise ValueError(
+                f"rows have {num_tokens} tokens, but this model reads {context_length} at most (context_length)."
+            )
+
     def run_block(self, block: keras.layers.Layer, /, *tensors: Any, training: bool | None = None, **more: Any) -> Any:
         """`block(*tensors, training=training, **more)`, for `features`: with what `compile(remat=...)` says.
 
@@ -246,125 +291,6 @@ class LanguageModel(ReplicatedModel):
         """
         run = functools.partial(recomputed, block) if training and self._remat else block
         return run(*tensors, training=training, **more)
-
-    # -- Decoding.
-
-    def decode_step(
-        self, token_ids: Tensor, cache: KeyValueCache, padding_mask: Tensor | None = None
-    ) -> tuple[Tensor, KeyValueCache]:
-        """Reads T more tokens a row and scores the next one: prefill with T of a prompt, decode with T = 1.
-
-        Shapes:
-            token_ids [B, T]; padding_mask [B, T] bool, True on the left part of each row; returns logits [B, V]
-            float32 at the last real token of each row, and the cache.
-        """
-        inputs = {"token_ids": token_ids}
-        if padding_mask is not None:
-            inputs["padding_mask"] = padding_mask
-        hidden, cache = self.features(inputs, training=False, cache=cache)
-        if token_ids.shape[1] == 1 or padding_mask is None:
-            last = hidden[:, -1]  # [B, D]
-        else:
-            lengths = tf.reduce_sum(tf.cast(padding_mask, tf.int32), axis=1)
-            last = tf.gather(hidden, tf.maximum(lengths - 1, 0), axis=1, batch_dims=1)  # [B, D]
-        return self.logits(last), cache
-
-    def generate(
-        self,
-        token_ids: Prompts,
-        max_new_tokens: int = 64,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: Any = None,
-        **options: Any,
-    ) -> Tensor:
-        """Continues prompts, one token at a time from a cache, in one compiled graph.
-
-        Shapes:
-            token_ids: prompts [B, T], a ragged tensor or lists of different lengths, or a dict with `token_ids` and
-            `padding_mask` (padding on either side). Returns [B, max_new_tokens] int32: new tokens only, padded after
-            the end.
-
-        Args:
-            max_new_tokens: the most new tokens a row, >= 1.
-            temperature, top_k, top_p: as in `SamplingOptions`; temperature 0 is greedy.
-            seed: int for all rows, or one a row; None draws one. A row gives the same tokens alone or in a batch.
-            options: the other fields of `SamplingOptions`: min_p, repetition_penalty, stop_sequences and so on.
-
-        Raises:
-            ValueError: an id outside the vocabulary, an empty prompt where the model has no end token to start from,
-                or a prompt that leaves no room for `max_new_tokens` in the context.
-        """
-        sampling = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, **options)
-        prompts, lengths = self.pad_prompts(token_ids, max_new_tokens)
-        _, run = self._kept_decoder(max_new_tokens, sampling)
-        seeds = None if seed is None else tf.constant(np.asarray(seed, np.int64))
-        return run(tf.constant(prompts), tf.constant(lengths), seeds)
-
-    def stream(
-        self,
-        token_ids: Prompts,
-        max_new_tokens: int = 64,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: Any = None,
-        **options: Any,
-    ) -> Iterator[StreamedTokens]:
-        """Yields the tokens of `generate` with the same arguments, one a row at a time (`StreamedTokens`)."""
-        sampling = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, **options)
-        prompts, lengths = self.pad_prompts(token_ids, max_new_tokens)
-        decoder, _ = self._kept_decoder(max_new_tokens, sampling)
-        return decoder.stream(prompts, lengths, seeds=seed)
-
-    def decoder(self, max_new_tokens: int, options: SamplingOptions, **kwargs: Any) -> Decoder:
-        """The decoding loop of this model, to be called inside a graph of one's own."""
-        eos_token_id, pad_token_id = self.config.eos_token_id, self.config.pad_token_id
-        return Decoder(
-            self.decode_step,
-            self.init_cache,
-            max_new_tokens=max_new_tokens,
-            options=options,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id if pad_token_id is not None else eos_token_id or 0,
-            **kwargs,
-        )
-
-    def pad_prompts(self, token_ids: Prompts, max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """Prompts of any form as rows padded on the right [B, P], and their lengths [B]; checks that they fit."""
-        rows = _prompt_rows(token_ids, self.config.vocab_size)
-        start = self.config.eos_token_id
-        if start is None and any(len(row) == 0 for row in rows):
-            raise ValueError("a prompt is empty, and this model has no eos_token_id to start from: give it a token.")
-        rows = [row if len(row) else np.array([start], np.int32) for row in rows]
-        lengths = np.array([len(row) for row in rows], np.int32)
-        longest, context = int(lengths.max(initial=1)), self.config.context_length
-        if longest + max_new_tokens > context:
-            raise ValueError(
-                f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, but together they "
-                f"may be {context} at most (context_length). Shorten the prompt or ask for fewer tokens."
-            )
-        width = min(-(-longest // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE, context - max_new_tokens)
-        padded = np.zeros((len(rows), width), np.int32)
-        for place, row in enumerate(rows):
-            padded[place, : len(row)] = row
-        return padded, lengths
-
-    def _kept_decoder(self, max_new_tokens: int, options: SamplingOptions) -> tuple[Decoder, Any]:
-        """The loop for these settings and its compiled call; the last few are kept, as compiling takes seconds."""
-        kept: dict[Any, tuple[Decoder, Any]] = self.__dict__.setdefault("_kept_decoders", {})
-        key = (max_new_tokens, options)
-        if key not in kept:
-            decoder = self.decoder(max_new_tokens, options)
-
-            def run(prompts: Tensor, lengths: Tensor, seed: Tensor | None) -> Tensor:
-                return decoder(prompts, lengths, seeds=seed).token_ids
-
-            kept[key] = decoder, tf.function(run, autograph=False, reduce_retracing=True)
-            if len(kept) > 8:
-                kept.pop(next(iter(kept)))
-        return kept[key]
 
 
 def token_weights(weights: Tensor | None, labels: Tensor) -> Tensor:
@@ -376,25 +302,12 @@ def token_weights(weights: Tensor | None, labels: Tensor) -> Tensor:
     return (weights if len(weights.shape) > 1 else keras.ops.expand_dims(weights, 1)) * ones
 
 
-def _prompt_rows(token_ids: Prompts, vocab_size: int) -> list[np.ndarray]:
-    """The real tokens of each prompt, which must be ids of the vocabulary."""
-    mask = None
-    if isinstance(token_ids, Mapping):
-        mask = token_ids.get("padding_mask")
-        token_ids = token_ids["token_ids"]
-    if isinstance(token_ids, tf.RaggedTensor):
-        token_ids = token_ids.to_list()
-    rows = [np.asarray(row) for row in (token_ids if isinstance(token_ids, (list, tuple)) else np.asarray(token_ids))]
-    if any(row.ndim != 1 for row in rows):
-        raise ValueError("prompts must be rows of token ids [B, T]; for one prompt, give a list that holds it.")
-    if mask is not None:
-        rows = [row[np.asarray(keep, bool)] for row, keep in zip(rows, np.asarray(mask), strict=True)]
-    for row in rows:
-        if row.size and not np.issubdtype(row.dtype, np.integer):
-            raise ValueError(f"token ids must be integers, but a prompt is of type {row.dtype}.")
-        if row.size and not 0 <= row.min() <= row.max() < vocab_size:
-            raise ValueError(f"token ids must lie in [0, {vocab_size}), but a prompt has {row.min()} to {row.max()}.")
-    return rows
+def weight_and_bias(name: str, layer: keras.layers.Layer) -> dict[str, keras.Variable]:
+    """The two variables of a layer by their names in a checkpoint: those of a normalisation, or kernel and bias."""
+    if isinstance(layer, keras.layers.LayerNormalization):
+        return {f"{name}.weight": layer.gamma, f"{name}.bias": layer.beta}
+    return {f"{name}.weight": layer.kernel, f"{name}.bias": layer.bias}
 
 
-__all__ = ["LanguageModel", "StreamedTokens"]
+def _stored_piece(entry: checkpoints.Entry, name: str, variable: keras.Variable) -> np.ndarray:
+    return entry.piece(name, keras.ops.convert_to_numpy(variable))

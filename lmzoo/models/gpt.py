@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Self
 import keras
 from keras import ops
 
-from lmzoo.config import ActivationBytes, ModelConfig
 from lmzoo.layers import (
     FeedForward,
     KeyValueCache,
@@ -24,56 +23,21 @@ from lmzoo.layers import (
     attention_bias,
 )
 from lmzoo.layers.positions import token_positions
-from lmzoo.models.base import LanguageModel, token_weights
+from lmzoo.models.base import token_weights, weight_and_bias
+from lmzoo.models.causal import CausalLM
+from lmzoo.models.transformer import TransformerConfig
 
 Tensor = Any
 
-# Names of activations in config.json -> in `FeedForward`; the first name of each is the one that is written.
-_ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-    "tanh": "tanh",
-}
-# Tensors [B, T, F] that the backward pass of an activation reads, its own outputs among them.
-_ACTIVATIONS_KEPT = {"gelu_tanh": 5, "gelu": 4, "silu": 2, "relu": 1, "tanh": 1}
-# What config.json may ask for that GPT-2's released models do not have -> what they have.
-_UNREAD_OPTIONS = {
-    "tie_word_embeddings": True,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GPTConfig(ModelConfig):
-    """Shape of a GPT.
-
-    Args:
-        num_layers: number of blocks.
-        num_heads: N, which must divide `model_dim`.
-        model_dim: D.
-        feedforward_dim: F; None is 4 * D.
-        dropout_rate: of embeddings, attention weights and both outputs of a block.
-        norm_epsilon: added to the variance in layer normalisation.
-        activation: "gelu_tanh" (GPT-2's), "gelu", "relu", "silu" or "tanh".
-    """
+class GPTConfig(TransformerConfig):
+    """Shape of a GPT."""
 
     model_type: ClassVar[str] = "gpt2"
 
     vocab_size: int = 50_257
     context_length: int = 1024
-    num_layers: int = 12
-    num_heads: int = 12
-    model_dim: int = 768
-    feedforward_dim: int | None = None
-    dropout_rate: float = 0.1
-    norm_epsilon: float = 1e-5
     activation: str = "gelu_tanh"
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -101,124 +65,46 @@ class GPTConfig(ModelConfig):
         "gpt2-xl": {"num_layers": 48, "num_heads": 25, "model_dim": 1600, "eos_token_id": 50_256},
     }
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require_positive("num_layers", "num_heads", "model_dim")
-        if self.feedforward_dim is not None:
-            self._require_positive("feedforward_dim")
-        self._require_rate("dropout_rate")
-        self._require_above_zero("norm_epsilon")
-        if self.model_dim % self.num_heads:
-            raise ValueError(
-                f"GPTConfig.num_heads is {self.num_heads}, but must divide model_dim, which is {self.model_dim}."
-            )
-        if self.activation not in _ACTIVATIONS.values():
-            known = sorted(set(_ACTIVATIONS.values()))
-            raise ValueError(f"GPTConfig.activation is {self.activation!r}, but must be one of {', '.join(known)}.")
-
-    @property
-    def inner_dim(self) -> int:
-        """F, the width inside the feed-forward network."""
-        return self.feedforward_dim or 4 * self.model_dim
+    HUGGING_FACE_NAMES: ClassVar[Mapping[str, str]] = {
+        **TransformerConfig.HUGGING_FACE_NAMES,
+        "context_length": "n_positions",
+        "num_layers": "n_layer",
+        "num_heads": "n_head",
+        "model_dim": "n_embd",
+        "feedforward_dim": "n_inner",
+        "dropout_rate": "resid_pdrop",
+        "norm_epsilon": "layer_norm_epsilon",
+        "activation": "activation_function",
+    }
+    HUGGING_FACE_DROPOUT_RATES = ("embd_pdrop", "attn_pdrop")
+    HUGGING_FACE_FIXED: ClassVar[Mapping[str, Any]] = {
+        "tie_word_embeddings": True,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    }
 
     def count_params(self) -> int:
         """Number of parameters; the tied output head counts once."""
-        width, inner = self.model_dim, self.inner_dim
-        norm = 2 * width
-        attention = width * 3 * width + 3 * width + width * width + width
-        feedforward = width * inner + inner + inner * width + width
-        embeddings = (self.vocab_size + self.context_length) * width
-        return embeddings + self.num_layers * (2 * norm + attention + feedforward) + norm
+        embeddings = (self.vocab_size + self.context_length) * self.model_dim
+        return embeddings + self.num_layers * self.count_block_params() + 2 * self.model_dim
 
     def training_flops_per_token(self, seq_length: int) -> float:
         """6 for each weight that multiplies a token (the table as output head), and 12 L D T for attention."""
         multiplied = self.count_params() - self.context_length * self.model_dim
         return 6.0 * multiplied + 12.0 * self.num_layers * self.model_dim * seq_length
 
-    def activation_bytes(self, rows: int, seq_length: int, compute_bytes: int) -> ActivationBytes:
-        """The tensors that the backward pass of a `GPTBlock` reads, one by one; layer norms and softmax are float32."""
-        size = compute_bytes
-        hidden = rows * seq_length * self.model_dim
-        inner = rows * seq_length * self.inner_dim
-        scores = rows * self.num_heads * seq_length * seq_length
-        is_mixed, drops = size < 4, self.dropout_rate > 0.0
-        norm = (4 + 4 + size) * hidden  # Its inputs, their factors (gamma / deviation, for each number), its outputs.
-        heads = (3 + 1 + 1) * size * hidden  # Queries, keys and values; scaled queries; outputs of the heads.
-        feedforward = _ACTIVATIONS_KEPT[self.activation] * size * inner
-        mask = scores if drops else 0
-        attention = (4 + (size if is_mixed or drops else 0)) * scores + mask  # Softmax; as cast, or after dropout.
-        block = 2 * norm + heads + feedforward + attention + (2 * hidden if drops else 0)
-        # Going backward, the feed-forward network comes first. Its activations are gone when the attention's gradients
-        # come: of the probabilities, their product with those, and of the scores.
-        through_feedforward = block + (2 * 4 + (size if is_mixed else 0)) * inner + 2 * 4 * hidden
-        in_attention = (16 + size if is_mixed else 12) * scores + mask
-        through_attention = block - feedforward - norm - attention + in_attention + 3 * 4 * hidden
-        return ActivationBytes(
-            num_blocks=self.num_layers,
-            block=block,
-            block_backward=max(through_feedforward, through_attention),
-            block_input=size * hidden,
-            shared=rows * seq_length * seq_length * size,  # The attention bias, [B, 1, T, T].
-            ends=norm + 4 * hidden + (hidden if drops else 0),
-            head_tokens=rows * seq_length,
-            head_dim=self.model_dim,
-        )
-
     @classmethod
     def from_hugging_face(cls, values: Mapping[str, Any]) -> Self:
-        """The config of a GPT-2 checkpoint's config.json. Its residual dropout rate is taken for all three.
-
-        Raises:
-            ValueError: it asks for something that GPT-2's released models do not have, all of which is named; or a
-                field breaks its rule.
-        """
-        problems = [
-            f"{name} is {values[name]!r}, but GPTModel has only {usual!r}"
-            for name, usual in _UNREAD_OPTIONS.items()
-            if values.get(name, usual) != usual
-        ]
-        activation = values.get("activation_function", "gelu_new")
-        if activation not in list(_ACTIVATIONS):
-            problems.append(f"activation_function is {activation!r}, but GPTModel has only {', '.join(_ACTIVATIONS)}")
-        if problems:
-            raise ValueError(f"{'; '.join(problems)}.")
-        config = cls(
-            vocab_size=values.get("vocab_size", 50_257),
-            context_length=values.get("n_positions", 1024),
-            num_layers=values.get("n_layer", 12),
-            num_heads=values.get("n_head", 12),
-            model_dim=values.get("n_embd", 768),
-            feedforward_dim=values.get("n_inner"),
-            dropout_rate=values.get("resid_pdrop", 0.1),
-            norm_epsilon=values.get("layer_norm_epsilon", 1e-5),
-            activation=_ACTIVATIONS[activation],
-        )
-        special = {"eos_token_id": values.get("eos_token_id", 50_256), "pad_token_id": values.get("pad_token_id")}
-        for name, value in special.items():  # Checkpoints of small vocabularies often keep the ids of the large one.
-            if isinstance(value, int) and not 0 <= value < config.vocab_size:
-                special[name] = None
-        return config.replace(**special)
+        """As the base class; a file that names no end token means GPT-2's own."""
+        return super().from_hugging_face({"eos_token_id": 50_256, **values})
 
     def to_hugging_face(self) -> dict[str, Any]:
         """Content of config.json, as `transformers` reads it."""
-        names = {keras_name: name for name, keras_name in reversed(_ACTIVATIONS.items())}
         return {
+            **super().to_hugging_face(),
             "architectures": ["GPT2LMHeadModel"],
-            "model_type": self.model_type,
-            "vocab_size": self.vocab_size,
-            "n_positions": self.context_length,
-            "n_layer": self.num_layers,
-            "n_head": self.num_heads,
-            "n_embd": self.model_dim,
-            "n_inner": self.feedforward_dim,
-            "embd_pdrop": self.dropout_rate,
-            "attn_pdrop": self.dropout_rate,
-            "resid_pdrop": self.dropout_rate,
-            "layer_norm_epsilon": self.norm_epsilon,
-            "activation_function": names[self.activation],
             "bos_token_id": self.eos_token_id,
-            "eos_token_id": self.eos_token_id,
-            "pad_token_id": self.pad_token_id,
         }
 
 
@@ -257,16 +143,16 @@ class GPTBlock(keras.layers.Layer):
             "activation": activation,
             "output_stddev": output_stddev,
         }
-        shared = {
-            "kernel_initializer": keras.initializers.RandomNormal(stddev=0.02),
-            "output_initializer": keras.initializers.RandomNormal(stddev=output_stddev),
-            "dtype": self.dtype_policy,
-        }
+        initial = {"kernel_initializer": 0.02, "output_initializer": output_stddev}
         norm = {"epsilon": norm_epsilon, "dtype": self.dtype_policy}
         self.attention_norm = keras.layers.LayerNormalization(**norm, name="attention_norm")
-        self.attention = SelfAttention(num_heads, dropout_rate=dropout_rate, **shared, name="attention")
+        self.attention = SelfAttention(
+            num_heads, dropout_rate=dropout_rate, **_normal(**initial), dtype=self.dtype_policy, name="attention"
+        )
         self.feedforward_norm = keras.layers.LayerNormalization(**norm, name="feedforward_norm")
-        self.feedforward = FeedForward(feedforward_dim, activation=activation, **shared, name="feedforward")
+        self.feedforward = FeedForward(
+            feedforward_dim, activation=activation, **_normal(**initial), dtype=self.dtype_policy, name="feedforward"
+        )
         self.dropout = keras.layers.Dropout(dropout_rate, dtype=self.dtype_policy)
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
@@ -295,8 +181,13 @@ class GPTBlock(keras.layers.Layer):
         return {**super().get_config(), **self.arguments}
 
 
+def _normal(**stddevs: float) -> dict[str, keras.initializers.Initializer]:
+    """An initializer for each weight, since one gives the same numbers whenever it is used."""
+    return {name: keras.initializers.RandomNormal(stddev=stddev) for name, stddev in stddevs.items()}
+
+
 @keras.saving.register_keras_serializable("lmzoo")
-class GPTModel(LanguageModel):
+class GPTModel(CausalLM):
     """GPT-2, from token ids to logits.
 
     Example:
@@ -323,11 +214,19 @@ class GPTModel(LanguageModel):
 
     def __init__(self, config: GPTConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
-        initializer = keras.initializers.RandomNormal(stddev=0.02)
-        shared = {"embeddings_initializer": initializer, "dtype": self.dtype_policy}
-        self.token_embedding = TokenEmbedding(config.vocab_size, config.model_dim, **shared, name="token_embedding")
+        self.token_embedding = TokenEmbedding(
+            config.vocab_size,
+            config.model_dim,
+            **_normal(embeddings_initializer=0.02),
+            dtype=self.dtype_policy,
+            name="token_embedding",
+        )
         self.position_embedding = LearnedPositions(
-            config.context_length, config.model_dim, **shared, name="position_embedding"
+            config.context_length,
+            config.model_dim,
+            **_normal(embeddings_initializer=0.02),
+            dtype=self.dtype_policy,
+            name="position_embedding",
         )
         self.embedding_dropout = keras.layers.Dropout(config.dropout_rate, dtype=self.dtype_policy)
         self.blocks = [
@@ -392,17 +291,6 @@ class GPTModel(LanguageModel):
         hidden = self.final_norm(hidden)
         return hidden if cache is None else (hidden, cache.advance(num_tokens))
 
-    def _check_places(self, num_tokens: Any, segment_ids: Tensor | None, mask: Tensor | None) -> None:
-        """Refuses a batch without `positions` where a token's place in its row is not its position."""
-        context_length = self.config.context_length
-        if segment_ids is not None:
-            raise ValueError("inputs have segment_ids but no positions: give each token's place in its own document.")
-        # Padding takes no position, so padded rows may be wider than the context: streamed prompts are.
-        if mask is None and isinstance(num_tokens, int) and num_tokens > context_length:
-            raise ValueError(
-                f"rows have {num_tokens} tokens, but this model reads {context_length} at most (context_length)."
-            )
-
     def head(self) -> tuple[Tensor, Tensor | None]:
         """The token embedding's own table: the head is tied and has no bias."""
         return self.token_embedding.head_table(), None
@@ -451,11 +339,5 @@ class GPTModel(LanguageModel):
                 "mlp.c_proj": block.feedforward.down,
             }
             for part, layer in parts.items():
-                names |= _weight_and_bias(f"h.{number}.{part}", layer)
-        return names | _weight_and_bias("ln_f", self.final_norm)
-
-
-def _weight_and_bias(name: str, layer: keras.layers.Layer) -> dict[str, keras.Variable]:
-    if isinstance(layer, keras.layers.LayerNormalization):
-        return {f"{name}.weight": layer.gamma, f"{name}.bias": layer.beta}
-    return {f"{name}.weight": layer.kernel, f"{name}.bias": layer.bias}
+                names |= weight_and_bias(f"h.{number}.{part}", layer)
+        return names | weight_and_bias("ln_f", self.final_norm)

@@ -1,9 +1,9 @@
 """Recipes: pretraining and evaluation, from text to a checkpoint and its numbers."""
 
 from lmzoo.training.checking import check_pretraining as check_pretraining
+from lmzoo.training.corpora import make_tokenizer as make_tokenizer
 from lmzoo.training.evaluation import evaluate as evaluate
 from lmzoo.training.planning import PlanConfig as PlanConfig
 from lmzoo.training.planning import plan as plan
-from lmzoo.training.pretraining import make_tokenizer as make_tokenizer
 from lmzoo.training.pretraining import pretrain as pretrain
 from lmzoo.training.settings import PretrainConfig as PretrainConfig

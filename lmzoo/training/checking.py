@@ -8,8 +8,7 @@ import tensorflow as tf
 from lmzoo.data.objectives import Batch, Causal, Rows
 from lmzoo.engine.tpu_check import check_on_tpu, replicas_of
 from lmzoo.engine.tpu_report import TPUReport
-from lmzoo.models import find_preset
-from lmzoo.training.pretraining import given_shape, make_model
+from lmzoo.training.pretraining import find_causal_preset, given_shape, make_model
 from lmzoo.training.settings import PretrainConfig
 
 
@@ -23,7 +22,7 @@ def check_pretraining(config: PretrainConfig, topology: str = "v5e:2x2") -> TPUR
     Raises:
         ValueError: a setting is out of range, the topology is unknown, or its replicas cannot share the batch.
     """
-    model_class, shape = find_preset(config.preset)
+    model_class, shape = find_causal_preset(config.preset)
     shape = shape.replace(**given_shape(config), vocab_size=config.vocab_size or shape.vocab_size)
     model = make_model(config, model_class, shape)
     rows, replicas = config.batch_size, replicas_of(topology)

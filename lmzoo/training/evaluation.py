@@ -17,7 +17,7 @@ from lmzoo.data.corpus import Corpus
 from lmzoo.data.objectives import Causal
 from lmzoo.data.pipeline import Batches
 from lmzoo.data.tokenizers import Tokenizer
-from lmzoo.models import LanguageModel, load_pretrained
+from lmzoo.models import CausalLM, LanguageModel, load_pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +121,8 @@ def evaluate(
     part = corpus / "validation" if (corpus / "validation").is_dir() else corpus
     opened = Corpus.open(part, Tokenizer.from_pretrained(directory))
     loaded = load_pretrained(directory, dtype=dtype)
+    if not isinstance(loaded, CausalLM):
+        raise ValueError(f"{directory} holds a {type(loaded).__name__}, but this evaluation is of causal LMs.")
     loaded.compile()
     batches = Batches(
         opened,

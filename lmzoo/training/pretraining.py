@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,19 @@ from lmzoo.config import ModelConfig
 from lmzoo.data.corpus import Corpus
 from lmzoo.data.objectives import Causal
 from lmzoo.data.pipeline import Batches
-from lmzoo.data.prepare import prepare
-from lmzoo.data.sources import read_documents
 from lmzoo.data.tokenizers import Tokenizer
 from lmzoo.engine.averaging import averaged_weights, swap_averages
 from lmzoo.engine.optimizers import make_optimizer
 from lmzoo.engine.schedules import make_schedule
 from lmzoo.engine.strategy import BatchPlan, is_chief, make_strategy, num_workers, wait_for_all
-from lmzoo.models import LanguageModel, find_preset
+from lmzoo.models import CausalLM, LanguageModel, find_preset
 from lmzoo.training.callbacks import MetricsLog, measure_peak_flops
 from lmzoo.training.checkpointing import CheckpointStore, Progress
+from lmzoo.training.corpora import make_corpora, open_corpora
 from lmzoo.training.evaluation import Evaluation, evaluate_model, share_out
 from lmzoo.training.guards import LossGuard, LossSpikeError, StallWatch, StopOnTermination, Termination
 from lmzoo.training.settings import PretrainConfig, is_known, write_settings
 
-_TOKENIZER_KINDS = ("bpe", "wordpiece", "unigram", "char")
 _MOST_TURNS = 10
 
 
@@ -99,13 +97,13 @@ class _Run:
         self.plan = BatchPlan.of_global(config.batch_size, self.strategy, config.micro_batches)
         self.directory = Path(config.directory)
         self.store = CheckpointStore(self.directory, keep=config.keep)
-        model_class, shape = find_preset(config.preset)
+        model_class, shape = find_causal_preset(config.preset)
         if self.is_chief:
             known = is_known(config, has_checkpoints=bool(self.store.steps()), say=self.say)
-            _make_data(config, shape, known, self.say)
+            make_corpora(config, shape, known, self.say)
             write_settings(config)  # After the data: settings that are written down are those it was made with.
         wait_for_all(self.strategy)
-        self.tokenizer, self.training, self.validation = _open_data(config)
+        self.tokenizer, self.training, self.validation = open_corpora(config)
         self.store.extras = self.tokenizer.save_pretrained
         self.shape = shape.replace(
             vocab_size=self.tokenizer.vocab_size,
@@ -308,45 +306,16 @@ class _Run:
         return f"the last good checkpoint is {self.store.path(steps[-1]) if steps else 'none'}"
 
 
-def make_tokenizer(tokenizer: str, sources: Sequence[str], vocab_size: int | None = None) -> Tokenizer:
-    """Trains a tokenizer on text, or loads one.
+def find_causal_preset(name: str) -> tuple[type[CausalLM], ModelConfig]:
+    """As `find_preset`, for what this recipe can train.
 
-    Args:
-        tokenizer: kind to train (bpe, wordpiece, unigram or char), or a directory or file to load.
-        sources: text to train on; see `lmzoo.data.sources`.
-        vocab_size: of a tokenizer that is trained.
+    Raises:
+        ValueError: there is no such preset, or it is of a model that reads in both directions.
     """
-    if tokenizer in _TOKENIZER_KINDS:
-        return Tokenizer.train(read_documents(sources), kind=tokenizer, vocab_size=vocab_size)
-    return Tokenizer.from_pretrained(tokenizer)
-
-
-def _make_data(config: PretrainConfig, shape: ModelConfig, known: bool, say: Callable[[str], None]) -> None:
-    """Makes the run's own tokenizer and corpus, unless those in its directory were made with the same settings."""
-    if config.corpus is not None:
-        return
-    prepared = Path(config.directory) / "corpus"
-    if known and (prepared / "tokenizer").is_dir():
-        tokenizer = Tokenizer.from_pretrained(prepared / "tokenizer")
-    else:
-        say(f"tokenizer: {config.tokenizer}; text: {', '.join(config.source)}")
-        size = config.vocab_size or (None if config.tokenizer == "char" else shape.vocab_size)
-        tokenizer = make_tokenizer(config.tokenizer, config.source, size)
-    prepare(
-        config.source,
-        tokenizer,
-        prepared,
-        validation_fraction=config.validation_fraction,
-        seed=config.seed,
-        overwrite=not known,
-    )
-
-
-def _open_data(config: PretrainConfig) -> tuple[Tokenizer, Corpus, Corpus]:
-    """The tokenizer, and the corpora to train and to validate on."""
-    prepared = config.corpus or Path(config.directory) / "corpus"
-    tokenizer = Tokenizer.from_pretrained(prepared / "tokenizer")
-    return tokenizer, Corpus.open(prepared / "train", tokenizer), Corpus.open(prepared / "validation", tokenizer)
+    model_class, shape = find_preset(name)
+    if not issubclass(model_class, CausalLM):
+        raise ValueError(f"{name} is a {model_class.__name__}, but this recipe trains causal LMs: take a GPT's preset.")
+    return model_class, shape
 
 
 def given_shape(config: PretrainConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 
 from lmzoo import checkpoints
-from lmzoo.checkpoints import CheckpointError
+from lmzoo.checkpoints import CheckpointError, Entry
 
 EXPECTED = {"wte": (4, 2), "h.0.w": (2, 2), "h.1.w": (2, 2)}
 
@@ -63,3 +63,47 @@ def test_a_tied_tensor_must_be_a_copy(tmp_path):
     for other in (head + 1, head[:3]):
         with pytest.raises(CheckpointError, match=r"not tied: head is not equal to transformer\.wte"):
             match(tmp_path, tensors | {"head": other}, prefix="transformer.", tied=tied)
+
+
+def test_a_tied_copy_stands_in_for_what_is_missing(tmp_path):
+    tensors = make_tensors(wte=None)
+    head = np.ones((4, 2), "f4")
+    found = match(tmp_path, tensors | {"head": head}, tied={"head": "wte"})
+    np.testing.assert_array_equal(found["wte"](), head)
+
+
+def test_optional_names_may_be_missing(tmp_path):
+    tensors = make_tensors(**{"h.0.w": None})
+    assert set(match(tmp_path, tensors, optional=r"h\.0\..*")) == {"wte", "h.1.w"}
+    with pytest.raises(CheckpointError, match=r"missing: h\.0\.w \[2, 2\]"):
+        match(tmp_path, tensors, optional=r"h\.0")  # The whole name has to match.
+
+
+def test_gamma_and_beta_are_weight_and_bias(tmp_path):
+    tensors = {"norm.gamma": np.ones(2, "f4"), "norm.beta": np.zeros(2, "f4"), "alphabeta": np.zeros(1, "f4")}
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    expected = {"norm.weight": (2,), "norm.bias": (2,), "alphabeta": (1,)}
+    found = checkpoints.match_tensors(checkpoints.read_tensors(tmp_path), expected)
+    np.testing.assert_array_equal(found["norm.weight"](), [1, 1])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("shape", "matrix"), [((4, 6), True), ((6,), False)])
+def test_pieces_of_a_tensor(shape, matrix, transposed):
+    """Side by side along the first stored axis: the outputs of a kernel that is stored [output, input]."""
+    transposed &= matrix
+    entry = Entry.of("a.{q,k}.w", transposed=transposed)
+    assert entry.names == ("a.q.w", "a.k.w")
+    tensor = np.arange(np.prod(shape)).reshape(shape)
+    pieces = [entry.piece(name, tensor) for name in entry.names]
+    expected = {(4, 6, False): (2, 6), (4, 6, True): (3, 4), (6, False): (3,)}[(*shape, transposed)]
+    assert entry.shapes(shape) == {"a.q.w": expected, "a.k.w": expected}
+    assert [piece.shape for piece in pieces] == [expected, expected]
+    np.testing.assert_array_equal(entry.join(pieces), tensor)
+    if transposed:
+        np.testing.assert_array_equal(pieces[1].T, tensor[:, 3:])
+
+
+def test_a_tensor_in_one_piece():
+    entry = Entry.of("a.w")
+    assert (entry.names, entry.shapes((2, 3))) == (("a.w",), {"a.w": (2, 3)})

@@ -1,4 +1,4 @@
-"""What must hold of every causal language model's logits, whatever its weights."""
+"""What must hold of every language model's logits, whatever its weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import CAUSAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,7 +87,18 @@ def check_packing(model, data):
         start += len(document)
 
 
-CHECKS = {"causality": check_causality, "padding": check_padding, "packing": check_packing}
+def check_every_token_counts(model, data):
+    """Without causality, each token of a document has a say in the scores of all the others."""
+    length = data.draw(st.integers(2, model.config.context_length))
+    place = data.draw(st.integers(0, length - 1))
+    ids = random_ids(model, 1, length, seed=data.draw(st.integers(0, 2**32 - 1)))
+    changed = ids.copy()
+    changed[0, place] = (changed[0, place] + 1) % model.config.vocab_size
+    difference = np.abs(np.asarray(model(ids)) - np.asarray(model(changed)))[0].max(-1)
+    assert difference.min() > 1e-6
+
+
+CHECKS = {"padding": check_padding, "packing": check_packing}
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -94,6 +106,12 @@ CHECKS = {"causality": check_causality, "padding": check_padding, "packing": che
 @given(data=st.data())
 def test_property(model, check, data):
     CHECKS[check](model, data)
+
+
+@FEW
+@given(data=st.data())
+def test_direction(model, architecture, data):
+    (check_causality if architecture in CAUSAL else check_every_token_counts)(model, data)
 
 
 @pytest.mark.slow
@@ -104,11 +122,19 @@ def test_property_on_many_examples(model, check, data):
     CHECKS[check](model, data)
 
 
+@pytest.mark.slow
+@MANY
+@given(data=st.data())
+def test_direction_on_many_examples(model, architecture, data):
+    (check_causality if architecture in CAUSAL else check_every_token_counts)(model, data)
+
+
 def gradients_of_loss(model, inputs, labels, weights):
     variables = [variable.value for variable in model.trainable_variables]
     with tf.GradientTape() as tape:
         value, _ = model.compute_sums(inputs, labels, weights, training=True)["loss"]
-    return value.numpy(), [tf.convert_to_tensor(each).numpy() for each in tape.gradient(value, variables)]
+    gradients = tape.gradient(value, variables, unconnected_gradients="zero")  # Of heads for other labels.
+    return value.numpy(), [tf.convert_to_tensor(each).numpy() for each in gradients]
 
 
 def test_gradients_of_a_packed_row_are_those_of_its_documents(model):

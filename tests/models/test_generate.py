@@ -5,10 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import CAUSAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 NEW = 6
+
+
+@pytest.fixture(params=CAUSAL, scope="session")
+def architecture(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")

@@ -161,3 +161,9 @@ def test_flops_are_six_a_weight_and_more_for_longer_rows():
     weights = config.count_params() - config.context_length * config.model_dim
     assert config.training_flops_per_token(0) == 6 * weights
     assert config.training_flops_per_token(1024) - 6 * weights == 12 * 12 * 768 * 1024
+
+
+def test_no_two_weights_begin_with_the_same_numbers():
+    model = GPTModel(GPTConfig(vocab_size=40, context_length=16, num_layers=2, num_heads=2, model_dim=8))
+    matrices = [np.asarray(weight).ravel()[:8] for weight in model.trainable_weights if len(weight.shape) > 1]
+    assert len({tuple(numbers) for numbers in matrices}) == len(matrices) == 2 + 2 * 4

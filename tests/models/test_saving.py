@@ -8,6 +8,12 @@ import sys
 import keras
 import numpy as np
 import pytest
+from conftest import WITH_A_FORWARD_PASS_OF_THEIR_OWN
+
+
+@pytest.fixture(params=WITH_A_FORWARD_PASS_OF_THEIR_OWN, scope="session")
+def architecture(request):
+    return request.param
 
 
 def make_batch(model, rows=4, length=9, seed=0):

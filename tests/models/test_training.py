@@ -6,6 +6,14 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import CAUSAL, WITH_A_FORWARD_PASS_OF_THEIR_OWN
+
+causal = pytest.mark.parametrize("architecture", CAUSAL, indirect=True)
+
+
+@pytest.fixture(params=WITH_A_FORWARD_PASS_OF_THEIR_OWN, scope="session")
+def architecture(request):
+    return request.param
 
 
 def make_data(model, rows=10, length=9, seed=0):
@@ -90,6 +98,7 @@ def test_all_forms_of_a_batch(make_model):
     assert_logs(evaluate(ids, labels, sample_weight=by_row[:, None]), expected)
 
 
+@causal
 def test_without_labels_each_token_is_the_label_of_the_one_before(make_model):
     model = make_model()
     model.compile()
@@ -103,6 +112,7 @@ def test_without_labels_each_token_is_the_label_of_the_one_before(make_model):
     assert all(np.isfinite(values).all() for values in history.values())
 
 
+@causal
 def test_without_labels_padding_and_other_documents_do_not_count(make_model):
     model = make_model()
     model.compile()
@@ -145,9 +155,10 @@ def test_overfits_a_small_batch(make_model, dtype):
     model.compile(keras.optimizers.Adam(1e-2))
     ids, _, _ = make_data(model, rows=4, length=10)
     ids[:, 0] = range(4)  # No two rows begin alike, so that each label can be known.
-    dataset = tf.data.Dataset.from_tensors(ids).repeat(60)
+    ids, labels = ids[:, :-1], ids[:, 1:]
+    dataset = tf.data.Dataset.from_tensors((ids, labels)).repeat(60)
     losses = model.fit(dataset, epochs=2, verbose=0).history["loss"]
-    logs = model.evaluate(ids, return_dict=True, verbose=0)
+    logs = model.evaluate(ids, labels, return_dict=True, verbose=0)
     assert losses[0] > 0.5
     assert logs["loss"] < 0.1
     assert logs["accuracy"] == 1.0
@@ -208,16 +219,16 @@ def test_rows_of_different_lengths_in_one_dataset(make_model):
     model = make_model()
     model.compile()
     ids, _, _ = make_data(model)
-    batches = [ids, ids[:3, :4]]
-    spec = tf.TensorSpec((None, None), tf.int32)
+    batches = [(ids[:, :-1], ids[:, 1:]), (ids[:3, :3], ids[:3, 1:4])]
+    spec = (tf.TensorSpec((None, None), tf.int32), tf.TensorSpec((None, None), tf.int32))
     dataset = tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=spec)
     dataset = dataset.apply(tf.data.experimental.assert_cardinality(2))
     logs = model.evaluate(dataset, return_dict=True, verbose=0)
     losses, counts = [], []
-    for each in batches:
-        part = expected_logs(model, each[:, :-1], each[:, 1:], np.ones_like(each[:, 1:], "float64"))
+    for inputs, labels in batches:
+        part = expected_logs(model, inputs, labels, np.ones_like(labels, "float64"))
         losses.append(part["loss"])
-        counts.append(each[:, 1:].size)
+        counts.append(labels.size)
     assert logs["loss"] == pytest.approx(np.average(losses, weights=counts), rel=1e-5)
     model.fit(dataset, verbose=0)
 
