@@ -84,10 +84,8 @@ class TextGenerator(tf.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if not isinstance(model, CausalLM):
-            raise ValueError(
-                f"{type(model).__name__} does not continue texts: TextGenerator needs a causal LM."
-            )
+        if not hasattr(model, "decoder"):
+            raise ValueError(f"{type(model).__name__} does not continue texts: TextGenerator needs a causal LM.")
         config = model.config
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(

@@ -49,9 +49,20 @@ WITH_A_FORWARD_PASS_OF_THEIR_OWN = ("gpt2", "bert")
 """Those that are no other architecture with other options: for tests of what takes long and does not depend on them."""
 
 
-@pytest.fixture(params=TINY, scope="session")
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs a test that takes `architecture` for all of them, or for those that its module or its mark names.
+
+    Not by a fixture of the same name in the module: fixtures that outlive a module would keep the values of another's.
+    """
+    marked = any(mark.args[0] == "architecture" for mark in metafunc.definition.iter_markers("parametrize"))
+    if "architecture" in metafunc.fixturenames and not marked:
+        names = getattr(metafunc.module, "TESTED", TINY)
+        metafunc.parametrize("architecture", names, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def architecture(request: pytest.FixtureRequest) -> str:
-    """Each architecture by its name in `lmzoo.models.ARCHITECTURES`."""
+    """An architecture by its name in `lmzoo.models.ARCHITECTURES`."""
     return request.param
 
 

@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 NEW = 6
 
 
-@pytest.fixture(params=CAUSAL, scope="session")
-def architecture(request):
-    return request.param
+TESTED = CAUSAL
 
 
 @pytest.fixture(scope="module")

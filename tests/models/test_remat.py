@@ -11,11 +11,7 @@ from conftest import CAUSAL, TINY
 from lmzoo.engine.recompute import recomputed
 from lmzoo.models import ARCHITECTURES
 
-
-@pytest.fixture(params=["gpt2"], scope="session")
-def architecture(request):
-    """One will do: what is tested knows blocks only."""
-    return request.param
+TESTED = ("gpt2",)
 
 
 def train(make_model, dtype=None, remat=None, **arguments):

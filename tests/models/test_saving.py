@@ -10,10 +10,7 @@ import numpy as np
 import pytest
 from conftest import WITH_A_FORWARD_PASS_OF_THEIR_OWN
 
-
-@pytest.fixture(params=WITH_A_FORWARD_PASS_OF_THEIR_OWN, scope="session")
-def architecture(request):
-    return request.param
+TESTED = WITH_A_FORWARD_PASS_OF_THEIR_OWN
 
 
 def make_batch(model, rows=4, length=9, seed=0):

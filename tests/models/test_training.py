@@ -11,9 +11,7 @@ from conftest import CAUSAL, WITH_A_FORWARD_PASS_OF_THEIR_OWN
 causal = pytest.mark.parametrize("architecture", CAUSAL, indirect=True)
 
 
-@pytest.fixture(params=WITH_A_FORWARD_PASS_OF_THEIR_OWN, scope="session")
-def architecture(request):
-    return request.param
+TESTED = WITH_A_FORWARD_PASS_OF_THEIR_OWN
 
 
 def make_data(model, rows=10, length=9, seed=0):
