@@ -10,17 +10,11 @@ import keras
 from lmzoo.engine.update import innermost
 
 
-def has_averages(optimizer: keras.optimizers.Optimizer) -> bool:
-    """Whether there are averages: the optimizer keeps them, and has made a step."""
-    optimizer = innermost(optimizer)
-    return bool(optimizer.use_ema) and int(keras.ops.convert_to_numpy(optimizer.iterations)) > 0
-
-
 def swap_averages(optimizer: keras.optimizers.Optimizer) -> None:
-    """Exchanges the weights and their averages; nothing happens if there are none."""
-    if not has_averages(optimizer):
-        return
+    """Exchanges the weights and their averages; nothing happens if none are kept, or no step has been made."""
     optimizer = innermost(optimizer)
+    if not optimizer.use_ema or int(keras.ops.convert_to_numpy(optimizer.iterations)) == 0:
+        return
     averages = optimizer._model_variables_moving_average
     for variable, average in zip(optimizer._trainable_variables, averages, strict=True):
         weight = keras.ops.convert_to_numpy(variable)

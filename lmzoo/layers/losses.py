@@ -70,9 +70,7 @@ def token_cross_entropy(
     labels = tf.reshape(tf.cast(labels, tf.int32), (-1,))  # [K]
     weights = tf.reshape(tf.cast(weights, tf.float32), (-1,))  # [K]
     labels = tf.where(tf.equal(weights, 0.0), 0, labels)  # A look-up of -100 would fail, or worse, not fail.
-    settings = _Settings(
-        label_smoothing, z_loss, chunk_tokens or min(max(model_dim // 3, _MIN_CHUNK_TOKENS), _MAX_CHUNK_TOKENS)
-    )
+    settings = _Settings(label_smoothing, z_loss, chunk_tokens or longest_chunk(model_dim))
 
     @tf.custom_gradient
     def weighted_loss(hidden: Tensor, table: Tensor, *bias: Tensor) -> Any:
@@ -134,14 +132,13 @@ def _chunked_sums(
         num_chunks = 8
         chunk_tokens = (num_tokens + num_chunks - 1) // num_chunks
     else:  # Even chunks, so that at most a few padding tokens are needed.
-        num_chunks = min(max(1, -(-num_tokens // chunk_tokens)), _MAX_CHUNKS)
-        chunk_tokens = -(-num_tokens // num_chunks)
+        num_chunks, chunk_tokens = cut_tokens(num_tokens, chunk_tokens)
     missing = num_chunks * chunk_tokens - num_tokens
     if not (isinstance(missing, int) and missing == 0):
         hidden = tf.pad(hidden, ((0, missing), (0, 0)))
         labels, weights = tf.pad(labels, ((0, missing),)), tf.pad(weights, ((0, missing),))
     chunks = [tf.split(tensor, num_chunks) for tensor in (hidden, labels, weights)]  # C of [K / C, ...] each
-    table_blocks = _blocks(vocab_size, model_dim)
+    blocks = table_blocks(vocab_size, model_dim)
 
     loss, correct = tf.zeros(()), tf.zeros(())
     hidden_gradients: list[Tensor] = []
@@ -173,7 +170,7 @@ def _chunked_sums(
             by_hidden = tf.cast(tf.matmul(products, table), tf.float32) * tf.expand_dims(factor, 1)
             label_rows = tf.cast(tf.gather(table, chunk_labels), tf.float32)
             hidden_gradients.append(by_hidden - tf.expand_dims(label_weights, 1) * label_rows)
-            table_gradients = _add_products(table_gradients, products, scaled_hidden, table_blocks)
+            table_gradients = _add_products(table_gradients, products, scaled_hidden, blocks)
             if bias is not None:
                 bias_gradient += tf.linalg.matvec(probabilities, factor, transpose_a=True)
 
@@ -228,7 +225,18 @@ def _after(before: list[Tensor], tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _blocks(vocab_size: int, model_dim: int) -> list[tuple[int, int]]:
+def longest_chunk(model_dim: int) -> int:
+    """Tokens that a chunk may have, unless there would be too many chunks."""
+    return min(max(model_dim // 3, _MIN_CHUNK_TOKENS), _MAX_CHUNK_TOKENS)
+
+
+def cut_tokens(num_tokens: int, longest: int) -> tuple[int, int]:
+    """How many chunks there are, and how many tokens each has."""
+    num_chunks = min(max(1, -(-num_tokens // longest)), _MAX_CHUNKS)
+    return num_chunks, -(-num_tokens // num_chunks)
+
+
+def table_blocks(vocab_size: int, model_dim: int) -> list[tuple[int, int]]:
     """Bounds of the parts of the table whose gradients are summed apart, so that no second table is ever needed."""
     num_blocks = -(-vocab_size * model_dim * 4 // _TABLE_BLOCK_BYTES)
     rows = -(-vocab_size // num_blocks)

@@ -164,9 +164,8 @@ def kept_bytes(made: ActivationBytes, *, remat: bool) -> int:
 def _loss_bytes(made: ActivationBytes, vocab_size: int, size: int) -> int:
     """What `token_cross_entropy` makes beside the gradient of the table."""
     tokens, width = made.head_tokens, made.head_dim
-    longest = min(max(width // 3, losses._MIN_CHUNK_TOKENS), losses._MAX_CHUNK_TOKENS)
-    chunk = -(-tokens // min(-(-tokens // longest), losses._MAX_CHUNKS))
-    start, stop = losses._blocks(vocab_size, width)[0]
+    _, chunk = losses.cut_tokens(tokens, losses.longest_chunk(width))
+    start, stop = losses.table_blocks(vocab_size, width)[0]
     block, hidden, table = (stop - start) * width, tokens * width, vocab_size * width
     cast = size if size < 4 else 0
     logits = (4 + 4 + cast) * chunk * vocab_size  # And their softmax; and that as the products take it.

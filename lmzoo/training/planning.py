@@ -34,6 +34,8 @@ PEAK_FLOPS: dict[str, float] = {
 }
 """Accelerator -> the makers' figure for dense matrix products in bfloat16 (float16 where there is none)."""
 
+# Fields of the model's config that a plan, like a run, may replace.
+_SHAPE = ("vocab_size", "num_layers", "num_heads", "model_dim")
 _CHINCHILLA = 20
 _MOST_ROWS = 2**20
 
@@ -148,7 +150,7 @@ class Plan:
     def command(self) -> str:
         """What starts the run; a source of text is to be added."""
         config, words = self.config, ["lmzoo", "pretrain", "--preset", self.config.preset]
-        for name in ("vocab_size", "num_layers", "num_heads", "model_dim"):
+        for name in _SHAPE:
             if getattr(config, name) is not None:
                 words += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
         if config.seq_length is not None:
@@ -215,8 +217,7 @@ def plan(config: PlanConfig | None = None, **fields: Any) -> Plan:
     """
     config = dataclasses.replace(config, **fields) if config is not None else PlanConfig(**fields)
     model_class, shape = find_preset(config.preset)
-    names = ("vocab_size", "num_layers", "num_heads", "model_dim")
-    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    given = {name: getattr(config, name) for name in _SHAPE if getattr(config, name) is not None}
     if "vocab_size" in given:
         given |= {"eos_token_id": None, "pad_token_id": None}  # Of the preset's own vocabulary.
     shape = shape.replace(

@@ -16,34 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from harness import machine, time_calls
-from train_step import CONTEXT, HEADS, LAYERS, ROWS, VOCAB, WIDTH
+from train_step import CONTEXT, ROWS, VOCAB, make_gpt
 
 WORKERS = 2
 
 
 def train(dtype: str, calls: int) -> dict[str, Any]:
     """Times the training step of this worker, or of a process that has no cluster."""
-    import keras
     import numpy as np
     import tensorflow as tf
 
-    from lmzoo import GPTModel
     from lmzoo.engine.strategy import make_strategy
 
     strategy = make_strategy("auto")
-    keras.utils.set_random_seed(0)
     with strategy.scope():
-        model = GPTModel.from_preset(
-            "gpt2",
-            dtype=dtype,
-            vocab_size=VOCAB,
-            context_length=CONTEXT,
-            num_layers=LAYERS,
-            num_heads=HEADS,
-            model_dim=WIDTH,
-            dropout_rate=0.0,
-            eos_token_id=None,
-        )
+        model = make_gpt(dtype)
         model.compile(jit_compile=False)
     replicas = strategy.num_replicas_in_sync
     tokens = np.random.default_rng(0).integers(0, VOCAB, (ROWS * replicas, CONTEXT + 1)).astype("int32")

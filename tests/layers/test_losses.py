@@ -90,7 +90,7 @@ def test_any_chunk_size_gives_the_same(num_tokens, chunk_tokens, seed, training)
 @pytest.mark.parametrize("block_rows", [1, 7, 28])
 def test_the_table_in_blocks_gives_the_same(block_rows, monkeypatch):
     monkeypatch.setattr(losses, "_TABLE_BLOCK_BYTES", block_rows * WIDTH * 4)
-    assert len(losses._blocks(VOCAB, WIDTH)) == -(-VOCAB // block_rows)
+    assert len(losses.table_blocks(VOCAB, WIDTH)) == -(-VOCAB // block_rows)
     compare(13, chunk_tokens=4)
 
 
