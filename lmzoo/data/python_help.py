@@ -11,7 +11,7 @@ _NOT_PROSE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "_
 
 
 def python_help() -> Iterator[str]:
-    """Yields `pydoc`'s help topics, then the docstrings of each module of the installed standard library.
+    """Yields `pydoc`'s help topics, then each docstring of the installed standard library.
 
     The order is that of the names. The library's source files are parsed, never imported, so that nothing is run. A
     docstring that occurs twice is taken once: a document set aside for validation has not been seen in training.
@@ -24,10 +24,10 @@ def python_help() -> Iterator[str]:
     for file in sorted(path.relative_to(library).as_posix() for path in library.rglob("*.py")):
         if not _NOT_PROSE.intersection(Path(file).parts):
             module = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-            yield module_help(library / file, module, seen)
+            yield from module_help(library / file, module, seen)
 
 
-def module_help(path: Path, module: str, seen: set[str]) -> str:
+def module_help(path: Path, module: str, seen: set[str]) -> list[str]:
     """Gives a source file's docstrings in their order, each below the name that it belongs to.
 
     Args:
@@ -39,15 +39,15 @@ def module_help(path: Path, module: str, seen: set[str]) -> str:
         with tokenize.open(path) as file:
             tree = ast.parse(file.read())
     except (SyntaxError, UnicodeDecodeError):
-        return ""
-    paragraphs: list[str] = []
+        return []
+    documents: list[str] = []
 
     def visit(node: ast.AST, name: str) -> None:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = (ast.get_docstring(node) or "").strip()
             if text and text not in seen:
                 seen.add(text)
-                paragraphs.append(f"{name}\n\n{text}\n")
+                documents.append(f"{name}\n\n{text}")
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 visit(child, f"{name}.{child.name}")
@@ -55,4 +55,4 @@ def module_help(path: Path, module: str, seen: set[str]) -> str:
                 visit(child, name)
 
     visit(tree, module)
-    return "\n".join(paragraphs)
+    return documents

@@ -302,7 +302,7 @@ class PythonHelp(Source):
         return super().identity() | {"version": platform.python_version()}
 
     def documents(self) -> Iterator[tuple[str, int]]:
-        """Yields the topics, then the modules."""
+        """Yields the topics, then the docstrings."""
         return ((text, 0) for text in python_help())
 
 

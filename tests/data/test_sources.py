@@ -305,13 +305,15 @@ def test_docstrings_stand_below_their_names_and_only_once(tmp_path):
     path = tmp_path / "zoo.py"
     path.write_text(ZOO)
     seen = set()
-    assert module_help(path, "zoo", seen) == (
-        "zoo\n\nA zoo.\n\nWith animals.\n\nzoo.Cat\n\nPurrs.\n\n"
-        "zoo.Cat.sit\n\nSits.\n\nReturns:\n  nothing\n\nzoo.late\n\nLate.\n"
-    )
-    assert module_help(path, "again", seen) == ""
+    assert module_help(path, "zoo", seen) == [
+        "zoo\n\nA zoo.\n\nWith animals.",
+        "zoo.Cat\n\nPurrs.",
+        "zoo.Cat.sit\n\nSits.\n\nReturns:\n  nothing",
+        "zoo.late\n\nLate.",
+    ]
+    assert module_help(path, "again", seen) == []
     path.write_text("this is not Python")
-    assert module_help(path, "broken", seen) == ""
+    assert module_help(path, "broken", seen) == []
 
 
 def test_identity_tells_when_the_text_may_have_changed(tmp_path):
