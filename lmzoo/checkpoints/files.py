@@ -15,6 +15,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from lmzoo.checkpoints.card import README, is_ours
+
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -24,6 +26,8 @@ _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?
 _TEMPORARY = ".tmp"
 
 PathLike = str | os.PathLike[str]
+Contents = tuple[Mapping[str, Any], Mapping[str, Callable[[], np.ndarray]]]
+"""Of a checkpoint: of its config.json, and name -> function that gives the tensor."""
 
 
 class CheckpointError(ValueError):
@@ -146,6 +150,8 @@ def write_checkpoint(
     tensors: Mapping[str, Callable[[], np.ndarray]],
     *,
     max_shard_bytes: int = 5 * 10**9,
+    inner: Mapping[str, Contents] | None = None,
+    readme: str | None = None,
 ) -> None:
     """Writes a checkpoint that Hugging Face transformers opens.
 
@@ -159,29 +165,41 @@ def write_checkpoint(
         config: content of `config.json`.
         tensors: name -> function that gives the tensor.
         max_shard_bytes: a checkpoint larger than this is cut into shards, with an index. A tensor is never cut.
+        inner: directory inside -> contents of a checkpoint that belongs to this one and takes its place with it.
+        readme: content of README.md, which is left alone if somebody else wrote it.
 
     Raises:
         OSError: the disk is full or the directory is not writable. The older checkpoint is as it was, and nothing
             half-written is left.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     mark = f".{uuid.uuid4().hex[:8]}{_TEMPORARY}"
+    # The outer one comes last: all is there when it is.
+    parts = {directory / name: contents for name, contents in (inner or {}).items()} | {directory: (config, tensors)}
+    renamed = {}
     try:
-        names = _write_files(directory, mark, config, tensors, max_shard_bytes)
+        for place, contents in parts.items():
+            place.mkdir(parents=True, exist_ok=True)
+            renamed[place] = _write_files(place, mark, *contents, max_shard_bytes)
+        if readme is not None and is_ours(directory / README):
+            _write_text(directory / (README + mark), readme)
+            renamed[directory] = {README + mark: README, **renamed[directory]}
     except BaseException:
-        for path in directory.glob(f"*{mark}"):
-            path.unlink(missing_ok=True)
+        for place in parts:
+            for path in place.glob(f"*{mark}"):
+                path.unlink(missing_ok=True)
         raise
 
     (directory / CONFIG).unlink(missing_ok=True)
     _sync(directory)
-    for path in directory.iterdir():
-        if _WEIGHT_FILE.fullmatch(path.name):
-            path.unlink()
-    for temporary, name in names.items():
-        (directory / temporary).replace(directory / name)
-    _sync(directory)
+    for place, names in renamed.items():
+        (place / CONFIG).unlink(missing_ok=True)
+        for path in place.iterdir():
+            if _WEIGHT_FILE.fullmatch(path.name):
+                path.unlink()
+        for temporary, name in names.items():
+            (place / temporary).replace(place / name)
+        _sync(place)
 
 
 def _write_files(
@@ -240,7 +258,11 @@ def _write_shard(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
     _sync(path)
 
 

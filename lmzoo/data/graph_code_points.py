@@ -16,7 +16,8 @@ LETTER, ISOLATED, SPACE, DROPPED = range(4)
 ORDERS = 64  # more than there are combining classes
 
 _SIZE = 0x110000
-_PAGE = 256
+_PAGE_BITS = 8
+_PAGE = 1 << _PAGE_BITS
 _TEXT = np.r_[0:0xD800, 0xE000:_SIZE]  # surrogates are in no text
 _STRANGER = 0x10000  # a letter that no normalizer makes of another or changes
 
@@ -37,6 +38,33 @@ class Expanded(NamedTuple):
     code_points: tf.Tensor
     kinds: tf.Tensor
     order: tf.Tensor
+
+
+class CodePoints(tf.Module):
+    """A number for each code point, in pages of 256, of which equal ones are held once.
+
+    Args:
+        values: [0x110000], 0 for most.
+    """
+
+    def __init__(self, values: np.ndarray):
+        super().__init__()
+        values = np.concatenate([values, np.zeros(_PAGE, values.dtype)])  # for what is no code point
+        pages: dict[bytes, int] = {}
+        page_of = [pages.setdefault(page.tobytes(), len(pages)) for page in values.astype(np.int32).reshape(-1, _PAGE)]
+        self._values = tf.constant(np.frombuffer(b"".join(pages), np.int32))
+        self._page_of = tf.constant(np.array(page_of, np.int32) * _PAGE)
+
+    def __call__(self, code_points: tf.Tensor) -> tf.Tensor:
+        """The numbers, int32 [N], of code points, int32 [N]; 0 for 0x110000."""
+        page = tf.gather(self._page_of, tf.bitwise.right_shift(code_points, _PAGE_BITS))
+        return tf.gather(self._values, page + tf.bitwise.bitwise_and(code_points, _PAGE - 1))
+
+    @staticmethod
+    @functools.cache
+    def changeable() -> list[str]:
+        """The code points that a normalizer may change; the others are ideographs, private, or not assigned."""
+        return list(map(chr, np.r_[0:0xD800, 0xE000:0x20000, 0x2F800:0x2FA20, 0xE0000:0xE1000]))
 
 
 class CodePointTable(tf.Module):
@@ -88,6 +116,11 @@ def row_ids(ragged: tf.RaggedTensor) -> tf.Tensor:
     return tf.cumsum(tf.math.unsorted_segment_sum(tf.ones_like(ends), ends, size + 1))[:-1]
 
 
+def begins(owner: tf.Tensor) -> tf.Tensor:
+    """Whether each item is the first of its owner; owners [N] are ascending."""
+    return tf.concat([tf.ones_like(owner[:1], tf.bool), owner[1:] != owner[:-1]], 0)
+
+
 @functools.cache
 def _results(
     clean_text: bool, handle_chinese_chars: bool, strip_accents: bool, lowercase: bool
@@ -96,22 +129,22 @@ def _results(
     before = list(map(chr, _TEXT))
     own_words = np.zeros(len(before), bool)
     if clean_text:
-        before = _ask(_bert_normalizer(clean_text=True), before)
+        before = ask(_bert_normalizer(clean_text=True), before)
     if handle_chinese_chars:
-        own_words = np.array([len(text) > 1 for text in _ask(_bert_normalizer(handle_chinese_chars=True), before)])
+        own_words = np.array([len(text) > 1 for text in ask(_bert_normalizer(handle_chinese_chars=True), before)])
     if strip_accents:
-        before = _ask(normalizers.NFD(), before)
-    after = _ask(normalizers.Lowercase(), before) if lowercase else before
+        before = ask(normalizers.NFD(), before)
+    after = ask(normalizers.Lowercase(), before) if lowercase else before
     counts = np.fromiter(map(len, after), np.int64, len(after))
     owner = np.repeat(np.arange(len(after)), counts)
     column = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    code_points = _code_points(after)
+    code_points = code_points_of(after)
     kinds = np.where(own_words[owner], ISOLATED, _kinds()[code_points])
     order = np.zeros(len(owner), np.int64)
     if strip_accents:  # then lower case changes no character into two, and marks not at all
-        marks = _code_points(before)
+        marks = code_points_of(before)
         kinds[np.isin(marks, _accents())] = DROPPED
-        order = _combining_order()[marks]
+        order = combining_order()[marks]
     table = np.zeros((3, _SIZE, int(counts.max())), np.int64)
     table[:, _TEXT[owner], column] = code_points, kinds, order
     all_counts = np.zeros(_SIZE, np.int64)
@@ -124,14 +157,15 @@ def _bert_normalizer(**options: bool) -> normalizers.Normalizer:
     return normalizers.BertNormalizer(**(off | options))
 
 
-def _ask(normalizer: normalizers.Normalizer, texts: list[str]) -> list[str]:
+def ask(normalizer: normalizers.Normalizer, texts: list[str]) -> list[str]:
     """Normalizes short texts, none of which reaches across the stranger between them, all at once."""
     stranger = chr(_STRANGER)
     answer = normalizer.normalize_str(stranger.join("" if stranger in text else text for text in texts))
     return [text if stranger in text else changed for text, changed in zip(texts, answer.split(stranger), strict=True)]
 
 
-def _code_points(texts: list[str]) -> np.ndarray:
+def code_points_of(texts: list[str]) -> np.ndarray:
+    """The code points of texts, one text behind the other."""
     return np.frombuffer("".join(texts).encode("utf-32-le"), np.int32)
 
 
@@ -151,18 +185,18 @@ def _kinds() -> np.ndarray:
 @functools.cache
 def _accents() -> np.ndarray:
     """The code points that strip_accents takes out."""
-    return _TEXT[[not text for text in _ask(_bert_normalizer(strip_accents=True), list(map(chr, _TEXT)))]]
+    return _TEXT[[not text for text in ask(_bert_normalizer(strip_accents=True), list(map(chr, _TEXT)))]]
 
 
 @functools.cache
-def _combining_order() -> np.ndarray:
+def combining_order() -> np.ndarray:
     """A rank of the canonical combining class of each code point, 0 for class 0 [_SIZE]."""
 
     def swapped(pairs: list[str]) -> list[bool]:
-        return [pair != text == pair[::-1] for text, pair in zip(_ask(normalizers.NFD(), pairs), pairs, strict=True)]
+        return [pair != text == pair[::-1] for text, pair in zip(ask(normalizers.NFD(), pairs), pairs, strict=True)]
 
     # A character of a class moves behind a tilde overlay (class 1), or in front of an acute accent (class 230).
-    characters = list(map(chr, _TEXT))
+    characters = CodePoints.changeable()
     behind, before = swapped([c + "\u0334" for c in characters]), swapped(["\u0301" + c for c in characters])
     marks = [c for c, *moves in zip(characters, behind, before, strict=True) if any(moves)]
     ranks = np.zeros(len(marks), np.int64)
@@ -174,5 +208,5 @@ def _combining_order() -> np.ndarray:
         ranks += higher
         rest &= higher | lower
     order = np.zeros(_SIZE, np.int64)
-    order[_code_points(marks)] = ranks + 1
+    order[code_points_of(marks)] = ranks + 1
     return order

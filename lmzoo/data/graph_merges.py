@@ -44,13 +44,14 @@ class MergeTable(tf.Module):
         self._none = len(merged)
         self._in_order = all(first_use.get(token, rank) >= rank for rank, token in enumerate(merged))
         self._merged = tf.constant([*merged, 0], tf.int64)
+        ranks = ranks or {-1: self._none}  # a table must not be empty
         keys = tf.constant(np.fromiter(ranks, np.int64, len(ranks)))
         values = tf.constant(np.fromiter(ranks.values(), np.int64, len(ranks)))
         self._ranks = tf.lookup.StaticHashTable(
             tf.lookup.KeyValueTensorInitializer(keys, values), default_value=self._none
         )
 
-    def apply(self, symbols: tf.Tensor, owner: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def apply(self, symbols: tf.Tensor, owner: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Merges until nothing is left to merge.
 
         Args:
@@ -58,7 +59,7 @@ class MergeTable(tf.Module):
             owner: int64 [N], ascending: the word of each symbol.
 
         Returns:
-            The symbols that remain and their words, int64 [M] each.
+            The symbols that remain, their words, and the places at which they begin, int64 [M] each.
         """
         # Symbols of finished words leave the loop for their places in `done`, so that a long word does not drag the
         # others through all of its steps.
@@ -89,7 +90,7 @@ class MergeTable(tf.Module):
             shape_invariants=(vector, vector, vector, vector),
         )
         left = tf.where(done >= 0)[:, 0]
-        return tf.gather(done, left), tf.gather(owner, left)
+        return tf.gather(done, left), tf.gather(owner, left), left
 
     def _pair_ranks(self, left: tf.Tensor, right: tf.Tensor, same_word: tf.Tensor) -> tf.Tensor:
         ranks = self._ranks.lookup(left * self._width + right)

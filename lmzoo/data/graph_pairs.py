@@ -20,17 +20,26 @@ class PairTemplate:
         post_processor: that of the file; None adds nothing.
 
     Raises:
-        ValueError: it is neither BERT's nor a template of one token or text after the other.
+        ValueError: it is neither BERT's nor RoBERTa's nor a template of one token or text after the other.
     """
 
     def __init__(self, post_processor: dict[str, Any] | None):
         # A text is "A" or "B", a special token its id; beside it the token type.
         self._single: list[_Item] = [("A", 0)]
         self._pair: list[_Item] = [("A", 0), ("B", 1)]
-        kind = (post_processor or {}).get("type")
-        if post_processor is None:
+        templates = [processor for processor in _processors(post_processor) if processor["type"] != "ByteLevel"]
+        if not templates:
             return
-        if kind == "BertProcessing":
+        post_processor, *more = templates
+        kind = post_processor["type"]
+        if more:
+            kind += f" and then {more[0]['type']}"
+            raise ValueError(f"This tokenizer has no in-graph twin: its post-processor is {kind}.")
+        if kind == "RobertaProcessing":
+            start, end = post_processor["cls"][1], post_processor["sep"][1]
+            self._single = [(start, 0), ("A", 0), (end, 0)]
+            self._pair = [*self._single, (end, 0), ("B", 0), (end, 0)]
+        elif kind == "BertProcessing":
             start, end = post_processor["cls"][1], post_processor["sep"][1]
             self._single = [(start, 0), ("A", 0), (end, 0)]
             self._pair = [*self._single, ("B", 1), (end, 1)]
@@ -59,6 +68,17 @@ class PairTemplate:
                 ids, offsets = texts[item]
             parts.append((ids, ids.with_values(tf.fill(tf.shape(ids.values), token_type)), offsets))
         return Encodings(*(tf.concat(columns, 1) for columns in zip(*parts, strict=True)))
+
+
+def trims_offsets(post_processor: dict[str, Any] | None) -> list[bool]:
+    """For each time that white space is taken from tokens' offsets, whether a first token may keep its one space."""
+    return [processor["add_prefix_space"] for processor in _processors(post_processor) if processor.get("trim_offsets")]
+
+
+def _processors(post_processor: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if post_processor is None:
+        return []
+    return post_processor["processors"] if post_processor["type"] == "Sequence" else [post_processor]
 
 
 def _items(post_processor: dict[str, Any], name: str) -> list[_Item]:

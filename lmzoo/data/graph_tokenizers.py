@@ -2,7 +2,8 @@
 
 A twin gives the ids that the `tokenizers` library gives, on every input, and can be exported: a process that has
 TensorFlow and neither lmzoo nor `tokenizers` runs it. There are twins for byte-level BPE with GPT-2's pre-tokenizer,
-for one token a character, and, in `graph_wordpiece`, for BERT's WordPiece.
+and for one token a character (`graph_byte_level`), for BERT's WordPiece (`graph_wordpiece`), and for Unigram
+(`graph_unigram`).
 
 Text that is not UTF-8 counts as `bytes.decode("utf-8", errors="replace")` would read it. That leaves the bytes 0xFF
 and 0xFE, which no UTF-8 text holds, to mark boundaries and special tokens inside strings.
@@ -13,19 +14,19 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 import tokenizers
 from tokenizers import pre_tokenizers
 
-from lmzoo.data.graph_code_points import row_ids
-from lmzoo.data.graph_merges import MergeTable
+from lmzoo.data.graph_code_points import begins, row_ids
+from lmzoo.data.graph_pairs import PairTemplate
+from lmzoo.data.tokenizer_pairs import Encodings
 
-_BOUNDARY = b"\xff"
+BOUNDARY = b"\xff"
 SPECIAL = b"\xfe"
-_CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
 
 
 def make_graph_tokenizer(backend: tokenizers.Tokenizer) -> GraphTokenizer:
@@ -38,11 +39,18 @@ def make_graph_tokenizer(backend: tokenizers.Tokenizer) -> GraphTokenizer:
     model, pre_tokenizer = spec["model"], spec["pre_tokenizer"]
     for token in spec["added_tokens"]:
         require(not token["single_word"], f"its token {token['content']!r} has single_word=True")
+    if model["type"] == "Unigram":
+        from lmzoo.data.graph_unigram import UnigramGraphTokenizer
+
+        with tf.init_scope(), tf.device("CPU:0"):
+            return UnigramGraphTokenizer(backend, spec)
     if model["type"] == "WordPiece":
         from lmzoo.data.graph_wordpiece import WordPieceGraphTokenizer
 
         with tf.init_scope(), tf.device("CPU:0"):
             return WordPieceGraphTokenizer(backend, spec)
+    from lmzoo.data.graph_byte_level import ByteLevelGraphTokenizer, CharGraphTokenizer, whole_words
+
     require(model["type"] == "BPE", f"its model is {model['type']}")
     require(spec["normalizer"] is None, f"it has a normalizer ({(spec['normalizer'] or {}).get('type')})")
     require(not model["dropout"], f"its dropout is {model['dropout']}")
@@ -58,7 +66,7 @@ def make_graph_tokenizer(backend: tokenizers.Tokenizer) -> GraphTokenizer:
         kind = (pre_tokenizer or {}).get("type")
         require(kind == "ByteLevel", f"its pre-tokenizer is {kind}")
         require(decoder == "ByteLevel", f"its decoder is {decoder}")
-        return ByteLevelGraphTokenizer(spec, _whole_words(backend))
+        return ByteLevelGraphTokenizer(spec, whole_words(backend))
 
 
 class GraphTokenizer(tf.Module):
@@ -77,9 +85,16 @@ class GraphTokenizer(tf.Module):
     def __init__(self, spec: dict[str, Any], to_bytes: Callable[[str], bytes]):
         super().__init__()
         self._added = spec["added_tokens"]
-        tokens = {index: token for token, index in spec["model"]["vocab"].items()}
+        self._post_processor = json.dumps(spec["post_processor"])
+        vocabulary = spec["model"]["vocab"]
+        if isinstance(vocabulary, dict):
+            tokens = {index: token for token, index in vocabulary.items()}
+        else:  # tokens in the order of their ids, with their scores
+            tokens = dict(enumerate(token for token, _ in vocabulary))
         tokens.update((token["id"], token["content"]) for token in self._added)
         skipped = {token["content"] for token in self._added if token["special"]}
+        # As the library writes them, those that are not in the vocabulary included.
+        self._tokens = [tokens.get(index, "") for index in range(max(tokens, default=-1) + 1)]
         # One more row, empty, for the ids that are not in the vocabulary.
         table = [b""] * (max(tokens, default=-1) + 2)
         for index, token in tokens.items():
@@ -91,7 +106,7 @@ class GraphTokenizer(tf.Module):
         """Token ids, ragged int32 [B, None], of the texts, tf.string [B]."""
         with tf.device("CPU:0"):
             texts = tf.strings.unicode_transcode(texts, "UTF-8", "UTF-8", errors="replace")
-            return tf.cast(self._encode_pieces(self._split_special(texts)), tf.int32)
+            return tf.cast(self._encode_pieces(self._split_special(texts).strings), tf.int32)
 
     @tf.function(autograph=False)
     def decode(self, ids: tf.Tensor | tf.RaggedTensor) -> tf.Tensor:
@@ -105,6 +120,23 @@ class GraphTokenizer(tf.Module):
             texts = tf.strings.unsorted_segment_join(pieces, row_ids(ids), ids.nrows())
             return tf.strings.unicode_transcode(texts, "UTF-8", "UTF-8", errors="replace")
 
+    def encode_with_offsets(self, texts: tf.Tensor) -> tuple[tf.RaggedTensor, tf.RaggedTensor]:
+        """Token ids, ragged int32 [B, None], and their characters [start, end), ragged int32 [B, None, 2]."""
+        raise NotImplementedError
+
+    def encode_pairs(
+        self, first: tf.Tensor, second: tf.Tensor | None = None, *, max_length: int | tf.Tensor | None = None
+    ) -> Encodings:
+        """What an encoder reads of texts or of pairs of texts, tf.string [B]; see `Tokenizer.encode_pairs`.
+
+        Returns:
+            Ragged int32 tensors: ids [B, None], token types [B, None] and offsets [B, None, 2].
+        """
+        with tf.device("CPU:0"):
+            one = self.encode_with_offsets(first)
+            two = None if second is None else self.encode_with_offsets(second)
+            return PairTemplate(json.loads(self._post_processor)).join(one, two, max_length)
+
     def _encode_pieces(self, pieces: tf.RaggedTensor) -> tf.RaggedTensor:
         """Ids [B, None] of texts cut at their special tokens [B, None], each of which starts with `SPECIAL`."""
         raise NotImplementedError
@@ -117,156 +149,131 @@ class GraphTokenizer(tf.Module):
     def _special_keys(self) -> dict[bytes, int]:
         return {SPECIAL + token["content"].encode(): token["id"] for token in self._added}
 
-    def _split_special(self, texts: tf.Tensor) -> tf.RaggedTensor:
-        """Cuts texts [B] at their special tokens: [B, None], each special token marked by a leading `SPECIAL`.
+    def _split_special(self, texts: tf.Tensor) -> Pieces:
+        """Cuts texts [B] at their special tokens, each of which is marked by a leading `SPECIAL`.
 
         The leftmost token wins, and the longest of those that start there. Tokens to be found in normalized text come
         second, in what the others leave. A token with `lstrip` or `rstrip` takes the white space beside it along.
         """
-        pieces = tf.RaggedTensor.from_row_lengths(texts, tf.ones_like(texts, tf.int64))
+        strings = tf.RaggedTensor.from_row_lengths(texts, tf.ones_like(texts, tf.int64), validate=False)
+        none = tf.zeros_like(texts, tf.int32)
+        pieces = Pieces(strings, none, num_characters(texts), none)
         for normalized in (False, True):
             tokens = [token for token in self._added if token["normalized"] is normalized]
             if not tokens:
                 continue
             contents = sorted((token["content"] for token in tokens), key=len, reverse=True)
             pattern = "|".join(_literal(content) for content in contents)
-            marked = tf.strings.regex_replace(pieces.values, pattern, _BOUNDARY + SPECIAL + rb"\0" + _BOUNDARY)
-            cut = tf.strings.split(_unless_special(pieces.values, marked), _BOUNDARY)
-            values = _strip_beside(cut.values, tokens)
-            row_splits = tf.gather(cut.row_splits, pieces.row_splits)
-            pieces = tf.RaggedTensor.from_row_splits(values, row_splits, validate=False)
+            strings = pieces.strings
+            marked = tf.strings.regex_replace(strings.values, pattern, BOUNDARY + SPECIAL + rb"\0" + BOUNDARY)
+            cut = tf.strings.split(unless_special(strings.values, marked), BOUNDARY)
+            widths = num_characters(cut.values)
+            ends = tf.cumsum(widths)
+            before = tf.gather(tf.concat([[0], ends], 0), cut.row_starts())  # characters of earlier pieces
+            piece = row_ids(cut)
+            ends += tf.gather(pieces.starts - before, piece)
+            # A token of the first pass may have more characters than its own.
+            whole = tf.gather(is_special(strings.values), piece)
+            starts = tf.where(whole, tf.gather(pieces.starts, piece), ends - widths)
+            ends = tf.where(whole, tf.gather(pieces.ends, piece), ends)
+            leads = tf.where(whole, tf.gather(pieces.leads, piece), 0)
+            strings = tf.RaggedTensor.from_row_splits(
+                cut.values, tf.gather(cut.row_splits, strings.row_splits), validate=False
+            )
+            pieces = _strip_beside(Pieces(strings, starts, ends, leads), tokens)
         return pieces
 
 
-class ByteLevelGraphTokenizer(GraphTokenizer):
-    """Byte-level BPE with GPT-2's pre-tokenizer.
+class PieceGraphTokenizer(GraphTokenizer):
+    """A tokenizer whose tokens are written otherwise at the beginning of a text than behind others.
 
-    A text is cut into words by GPT-2's pattern; the ids of a word depend on nothing else, so each different word of a
-    batch is encoded once: by looking it up if the vocabulary has it whole, by merging its bytes if not.
-
-    Reference: Radford et al. 2019, section 2.2, and its published encoder. The pattern's look-ahead, which RE2 lacks,
-    is a separate replacement that comes first.
+    Args:
+        spec: the `tokenizer.json`.
+        to_bytes: what a token is written as, at the beginning of a text or not.
     """
 
-    def __init__(self, spec: dict[str, Any], whole_words: dict[bytes, int]):
-        model, vocabulary = spec["model"], spec["model"]["vocab"]
-        super().__init__(spec, token_to_bytes)
-        self._add_prefix_space = spec["pre_tokenizer"]["add_prefix_space"]
-        self._use_regex = spec["pre_tokenizer"].get("use_regex", True)
-        self._words = string_table({**whole_words, **self._special_keys()})
-        byte_ids = [vocabulary.get(character, -1) for character in _byte_characters()]
-        incomplete = -1 in byte_ids
-        require(not (incomplete and model["byte_fallback"]), "its byte_fallback is True")
-        self._byte_ids = tf.constant(byte_ids, tf.int64)
-        self._unknown = _unknown_id(model) if incomplete else None
-        self._fuse_unknown = model["fuse_unk"]
-        self._incomplete = incomplete
-        self._merges = MergeTable(model["merges"], vocabulary)
-        self._trace()
+    def __init__(self, spec: dict[str, Any], to_bytes: Callable[[str, bool], bytes]):
+        super().__init__(spec, lambda token: to_bytes(token, True))
+        skipped = {token["content"] for token in self._added if token["special"]}
+        self._later_bytes = tf.constant([to_bytes(token, False) for token in self._tokens])
+        self._kept = tf.constant([token != "" and token not in skipped for token in self._tokens])
 
-    def _encode_pieces(self, pieces: tf.RaggedTensor) -> tf.RaggedTensor:
-        words = self._split_words(pieces)  # [B, words]
-        unique, index = tf.unique(words.values, out_idx=tf.int64)
-        ids = tf.gather(self._encode_words(unique), index)  # [all words, None]
-        return tf.RaggedTensor.from_row_splits(ids.values, tf.gather(ids.row_splits, words.row_splits), validate=False)
+    @tf.function(autograph=False)
+    def decode(self, ids: tf.Tensor | tf.RaggedTensor) -> tf.Tensor:
+        """Texts, tf.string [B], of the token ids, int32 [B, T] or ragged [B, None]."""
+        with tf.device("CPU:0"):
+            values, row, num_rows = self._kept_ids(ids)
+            pieces = tf.where(begins(row), tf.gather(self._token_bytes, values), tf.gather(self._later_bytes, values))
+            return tf.strings.unsorted_segment_join(pieces, row, num_rows)
 
-    def _split_words(self, pieces: tf.RaggedTensor) -> tf.RaggedTensor:
-        """Pre-tokenization, [B, pieces] to [B, words]; empty words among them stand for nothing."""
-        texts = pieces.values
-        if self._add_prefix_space:
-            bare = (texts != "") & (tf.strings.substr(texts, 0, 1) != " ")
-            texts = tf.where(bare, tf.strings.join([" ", texts]), texts)
-            texts = _unless_special(pieces.values, texts)
-        if not self._use_regex:
-            return pieces.with_values(texts)
-        letters, numbers, spaces = (_code_point_ranges()[name] for name in "LNS")
-        # White space before a word leaves its last character to the word, or alone.
-        words = tf.strings.regex_replace(texts, f"([{spaces}])([{spaces}][^{spaces}])", rb"\1" + _BOUNDARY + rb"\2")
-        pattern = f"{_CONTRACTIONS}| ?[{letters}]+| ?[{numbers}]+| ?[^{spaces}{letters}{numbers}]+|[{spaces}]+"
-        words = tf.strings.regex_replace(words, pattern, rb"\0" + _BOUNDARY)
-        words = tf.strings.split(_unless_special(texts, words), _BOUNDARY)
-        row_splits = tf.gather(words.row_splits, pieces.row_splits)
-        return tf.RaggedTensor.from_row_splits(words.values, row_splits, validate=False)
-
-    def _encode_words(self, words: tf.Tensor) -> tf.RaggedTensor:
-        """Token ids, ragged int64 [W, None], of words [W]."""
-        whole = self._words.lookup(words)
-        # A word that is a token already is one symbol from the start; "\0" stands in for its bytes.
-        bytes_ = tf.strings.unicode_decode(tf.where(whole >= 0, "\0", words), "ISO-8859-1")
-        owner = row_ids(bytes_)
-        token = tf.gather(whole, owner)
-        symbols = tf.where(token >= 0, token, tf.gather(self._byte_ids, bytes_.values))
-        if self._incomplete:
-            symbols, owner = _resolve_unknown(symbols, owner, self._unknown, self._fuse_unknown)
-        symbols, owner = self._merges.apply(symbols, owner)
-        return tf.RaggedTensor.from_value_rowids(symbols, owner, bytes_.nrows(), validate=False)
+    def _kept_ids(self, ids: tf.Tensor | tf.RaggedTensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """The ids that are decoded, the row of each, and the number of rows."""
+        if not isinstance(ids, tf.RaggedTensor):
+            ids = tf.RaggedTensor.from_tensor(ids)
+        inside = (ids.values >= 0) & (ids.values < tf.size(self._kept, ids.dtype))
+        kept = inside & tf.gather(self._kept, tf.where(inside, ids.values, 0))
+        return tf.boolean_mask(ids.values, kept), tf.boolean_mask(row_ids(ids), kept), ids.nrows()
 
 
-class CharGraphTokenizer(GraphTokenizer):
-    """One token a character, that is, a Unicode code point."""
-
-    def __init__(self, spec: dict[str, Any]):
-        model, vocabulary = spec["model"], spec["model"]["vocab"]
-        super().__init__(spec, str.encode)
-        characters = sorted((ord(token), index) for token, index in vocabulary.items() if len(token) == 1)
-        # One more row, for the code points after the last character.
-        code_points, ids = zip(*characters, (-1, -1), strict=True)
-        self._code_points = tf.constant(code_points, tf.int32)
-        self._ids = tf.constant(ids, tf.int64)
-        self._special_ids = string_table(self._special_keys())
-        self._unknown = _unknown_id(model)
-        self._fuse_unknown = model["fuse_unk"]
-        self._trace()
-
-    def _encode_pieces(self, pieces: tf.RaggedTensor) -> tf.RaggedTensor:
-        special = self._special_ids.lookup(pieces.values)
-        characters = tf.strings.unicode_decode(tf.where(special >= 0, "\0", pieces.values), "UTF-8")
-        owner = row_ids(characters)
-        row = tf.searchsorted(self._code_points[:-1], characters.values)
-        found = tf.gather(self._code_points, row) == characters.values
-        ids = tf.where(found, tf.gather(self._ids, row), -1)
-        token = tf.gather(special, owner)
-        ids, owner = _resolve_unknown(tf.where(token >= 0, token, ids), owner, self._unknown, self._fuse_unknown)
-        ids = tf.RaggedTensor.from_value_rowids(ids, owner, characters.nrows(), validate=False)
-        return tf.RaggedTensor.from_row_splits(ids.values, tf.gather(ids.row_splits, pieces.row_splits), validate=False)
+def decoded(backend: tokenizers.Tokenizer, token: str, first: bool) -> bytes:
+    """What the library writes for a token, at the beginning of a text or behind another one."""
+    return backend.decoder.decode([token] if first else ["x", token])[0 if first else 1 :].encode()
 
 
-def token_to_bytes(token: str) -> bytes:
-    """The bytes that a token of a byte-level vocabulary stands for; its own UTF-8 if it is not written in bytes."""
-    values = _byte_values()
-    if all(character in values for character in token):
-        return bytes(values[character] for character in token)
-    return token.encode()
+class Pieces(NamedTuple):
+    """Texts cut at their special tokens.
+
+    Shapes: B texts, P pieces of all of them.
+        strings: tf.string [B, None], each special token marked by a leading `SPECIAL`.
+        starts, ends: [P] int32, the characters [start, end) of its text that a piece is.
+        leads: [P] int32, how many of them are white space that a special token took from before itself.
+    """
+
+    strings: tf.RaggedTensor
+    starts: tf.Tensor
+    ends: tf.Tensor
+    leads: tf.Tensor
+
+
+def num_characters(texts: tf.Tensor) -> tf.Tensor:
+    """The characters of each text; the mark of a special token does not count."""
+    return tf.strings.length(texts, "UTF8_CHAR") - tf.cast(is_special(texts), tf.int32)
+
+
+def _strip_beside(pieces: Pieces, tokens: list[dict[str, Any]]) -> Pieces:
+    """Takes white space from the texts beside special tokens that ask for it. Rows begin and end with a text."""
+    texts, starts, ends, leads = pieces.strings.values, *pieces[1:]
+    spaces = code_point_ranges()["S"] if any(token["lstrip"] or token["rstrip"] for token in tokens) else ""
+    for side, pattern in (("rstrip", f"\\A[{spaces}]+"), ("lstrip", f"[{spaces}]+\\z")):
+        keys = [SPECIAL + token["content"].encode() for token in tokens if token[side]]
+        if not keys:
+            continue
+        asks = tf.reduce_any(texts[:, None] == tf.constant(keys), 1)
+        step = -1 if side == "lstrip" else 1
+        beside = tf.roll(asks, step, 0)
+        stripped = tf.where(beside, tf.strings.regex_replace(texts, pattern, "", replace_global=False), texts)
+        lost = num_characters(texts) - num_characters(stripped)
+        gained = tf.roll(lost, -step, 0) * tf.cast(asks, tf.int32)
+        if side == "lstrip":
+            starts, ends, leads = starts - gained, ends - lost, leads + gained
+        else:
+            starts, ends = starts + lost, ends + gained
+        texts = stripped
+    return Pieces(pieces.strings.with_values(texts), starts, ends, leads)
+
+
+def is_special(pieces: tf.Tensor) -> tf.Tensor:
+    """Whether a piece of text is a special token."""
+    return tf.strings.substr(pieces, 0, 1) == SPECIAL
+
+
+def unless_special(pieces: tf.Tensor, changed: tf.Tensor) -> tf.Tensor:
+    """What became of pieces of text, but for the special tokens among them, which stay."""
+    return tf.where(is_special(pieces), pieces, changed)
 
 
 @functools.cache
-def _byte_characters() -> list[str]:
-    """The character that stands for each byte: itself if it is printable and not a space, else one from U+0100 on."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
-
-
-@functools.cache
-def _byte_values() -> dict[str, int]:
-    return {character: byte for byte, character in enumerate(_byte_characters())}
-
-
-def _whole_words(backend: tokenizers.Tokenizer) -> dict[bytes, int]:
-    """The words, as bytes, that the library's model makes one token of, so that they need no merging in the graph."""
-    vocabulary = backend.get_vocab(with_added_tokens=False)
-    values = _byte_values()
-    words = [token for token in vocabulary if token and all(character in values for character in token)]
-    encodings = tokenizers.Tokenizer(backend.model).encode_batch_fast(words)
-    return {
-        token_to_bytes(word): encoding.ids[0]
-        for word, encoding in zip(words, encodings, strict=True)
-        if len(encoding.ids) == 1
-    }
-
-
-@functools.cache
-def _code_point_ranges() -> dict[str, str]:
+def code_point_ranges() -> dict[str, str]:
     """The letters "L", the numbers "N" and the white space "S", as ranges inside an RE2 bracket.
 
     They are asked of the library, whose Unicode tables are not those of RE2 or of Python.
@@ -293,37 +300,6 @@ def _code_point_ranges() -> dict[str, str]:
     return ranges
 
 
-def _resolve_unknown(ids: tf.Tensor, owner: tf.Tensor, unknown: int | None, fuse: bool) -> tuple[tf.Tensor, tf.Tensor]:
-    """Puts the unknown token where an id is -1, once for a run of them if `fuse`; without one, drops them."""
-    missing = ids < 0
-    if unknown is None:
-        keep = ~missing
-    elif fuse:
-        again = missing[1:] & missing[:-1] & (owner[1:] == owner[:-1])
-        keep = ~tf.concat([tf.zeros_like(missing[:1]), again], 0)
-    else:
-        return tf.where(missing, tf.constant(unknown, tf.int64), ids), owner
-    ids = tf.where(missing, tf.constant(-1 if unknown is None else unknown, tf.int64), ids)
-    return tf.boolean_mask(ids, keep), tf.boolean_mask(owner, keep)
-
-
-def _strip_beside(texts: tf.Tensor, tokens: list[dict[str, Any]]) -> tf.Tensor:
-    """Takes white space from the texts beside special tokens that ask for it. Rows begin and end with a text."""
-    spaces = _code_point_ranges()["S"] if any(token["lstrip"] or token["rstrip"] for token in tokens) else ""
-    for side, pattern in (("lstrip", f"[{spaces}]+\\z"), ("rstrip", f"\\A[{spaces}]+")):
-        keys = [SPECIAL + token["content"].encode() for token in tokens if token[side]]
-        if not keys:
-            continue
-        asks = tf.reduce_any(texts[:, None] == tf.constant(keys), 1)
-        beside = tf.roll(asks, -1 if side == "lstrip" else 1, 0)
-        texts = tf.where(beside, tf.strings.regex_replace(texts, pattern, "", replace_global=False), texts)
-    return texts
-
-
-def _unless_special(pieces: tf.Tensor, changed: tf.Tensor) -> tf.Tensor:
-    return tf.where(tf.strings.substr(pieces, 0, 1) == SPECIAL, pieces, changed)
-
-
 def _literal(text: str) -> str:
     """A pattern that matches just this text."""
     return "".join(character if character.isalnum() else f"\\x{{{ord(character):X}}}" for character in text)
@@ -336,7 +312,8 @@ def string_table(entries: dict[bytes, int]) -> tf.lookup.StaticHashTable:
     return tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(keys, values), default_value=-1)
 
 
-def _unknown_id(model: dict[str, Any]) -> int | None:
+def unknown_id(model: dict[str, Any]) -> int | None:
+    """The id of the token for what is unknown, None if there is none."""
     return model["vocab"].get(model["unk_token"])
 
 
@@ -345,6 +322,6 @@ def require(condition: bool, what: str) -> None:
     if not condition:
         raise ValueError(
             f"This tokenizer has no in-graph twin: {what}. There are twins for byte-level BPE with GPT-2's "
-            'pre-tokenizer (kind "bpe"), for one token a character (kind "char"), and for WordPiece with BERT\'s '
-            'normalizer and pre-tokenizer (kind "wordpiece").'
+            'pre-tokenizer (kind "bpe"), for one token a character (kind "char"), for WordPiece with BERT\'s '
+            'normalizer and pre-tokenizer (kind "wordpiece"), and for Unigram behind Metaspace (kind "unigram").'
         )

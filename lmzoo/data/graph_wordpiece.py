@@ -9,6 +9,7 @@ Reference: Devlin et al. 2019 and its published tokenizer; Wu et al. 2016 (WordP
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,14 +17,12 @@ import tensorflow as tf
 import tokenizers
 
 from lmzoo.data.graph_code_points import DROPPED, LETTER, ORDERS, SPACE, CodePointTable, Expanded, row_ids
-from lmzoo.data.graph_pairs import PairTemplate
-from lmzoo.data.graph_tokenizers import SPECIAL, GraphTokenizer, require, string_table
-from lmzoo.data.tokenizer_pairs import Encodings
+from lmzoo.data.graph_tokenizers import SPECIAL, PieceGraphTokenizer, decoded, require, string_table
 
 _CODE_POINT_BITS = 21
 
 
-class WordPieceGraphTokenizer(GraphTokenizer):
+class WordPieceGraphTokenizer(PieceGraphTokenizer):
     """WordPiece as BERT's, cased or not.
 
     `encode_with_offsets(texts)`: the ids, and beside each the characters [start, end) of the text that it stands for,
@@ -44,17 +43,7 @@ class WordPieceGraphTokenizer(GraphTokenizer):
                 require(not token[option], f"its token {token['content']!r} has {option}=True")
         vocabulary, prefix = model["vocab"], model["continuing_subword_prefix"]
         require(model["unk_token"] in vocabulary, f"its vocabulary lacks its unk_token, {model['unk_token']!r}")
-        decode = backend.decoder.decode
-        super().__init__(spec, lambda token: decode([token]).encode())
-        # A token that is not the first of a text is written behind a space, or joined to what is before it.
-        skipped = {token["content"] for token in self._added if token["special"]}
-        tokens = {index: token for token, index in vocabulary.items()}
-        tokens.update((token["id"], token["content"]) for token in self._added)
-        later, kept = [b""] * self._token_bytes.shape[0], [False] * self._token_bytes.shape[0]
-        for index, token in tokens.items():
-            later[index] = decode(["x", token])[1:].encode()
-            kept[index] = token not in skipped
-        self._later_bytes, self._kept = tf.constant(later), tf.constant(kept)
+        super().__init__(spec, functools.partial(decoded, backend))
         accents = normalizer["strip_accents"]
         self._code_points = CodePointTable(
             normalizer["clean_text"],
@@ -69,7 +58,6 @@ class WordPieceGraphTokenizer(GraphTokenizer):
         self._special_lengths = string_table(lengths)
         inside = {token[len(prefix) :]: index for token, index in words.items() if token.startswith(prefix)}
         self._pieces = _PieceTable(words, inside)
-        self._template = PairTemplate(spec["post_processor"])
         self._trace()
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
@@ -82,7 +70,7 @@ class WordPieceGraphTokenizer(GraphTokenizer):
         """Token ids, ragged int32 [B, None], and their characters [start, end), ragged int32 [B, None, 2]."""
         with tf.device("CPU:0"):
             texts = tf.strings.unicode_transcode(texts, "UTF-8", "UTF-8", errors="replace")
-            words = self._split_words(self._split_special(texts))
+            words = self._split_words(self._split_special(texts).strings)
             pieces = self._encode_words(words.strings)
             # Where each piece begins and ends among the characters of all words.
             word = row_ids(pieces.ids)
@@ -95,33 +83,6 @@ class WordPieceGraphTokenizer(GraphTokenizer):
                 tf.RaggedTensor.from_row_splits(tf.cast(pieces.ids.values, tf.int32), splits, validate=False),
                 tf.RaggedTensor.from_row_splits(tf.cast(offsets, tf.int32), splits, validate=False),
             )
-
-    def encode_pairs(
-        self, first: tf.Tensor, second: tf.Tensor | None = None, *, max_length: int | tf.Tensor | None = None
-    ) -> Encodings:
-        """What BERT reads of texts or of pairs of texts, tf.string [B]; see `Tokenizer.encode_pairs`.
-
-        Returns:
-            Ragged int32 tensors: ids [B, None], token types [B, None] and offsets [B, None, 2].
-        """
-        with tf.device("CPU:0"):
-            one = self.encode_with_offsets(first)
-            two = None if second is None else self.encode_with_offsets(second)
-            return self._template.join(one, two, max_length)
-
-    @tf.function(autograph=False)
-    def decode(self, ids: tf.Tensor | tf.RaggedTensor) -> tf.Tensor:
-        """Texts, tf.string [B], of the token ids, int32 [B, T] or ragged [B, None]."""
-        with tf.device("CPU:0"):
-            if not isinstance(ids, tf.RaggedTensor):
-                ids = tf.RaggedTensor.from_tensor(ids)
-            inside = (ids.values >= 0) & (ids.values < tf.size(self._kept, ids.dtype))
-            kept = inside & tf.gather(self._kept, tf.where(inside, ids.values, 0))
-            row = tf.boolean_mask(row_ids(ids), kept)
-            values = tf.boolean_mask(ids.values, kept)
-            begins = tf.concat([tf.ones_like(row[:1], tf.bool), row[1:] != row[:-1]], 0)
-            pieces = tf.where(begins, tf.gather(self._token_bytes, values), tf.gather(self._later_bytes, values))
-            return tf.strings.unsorted_segment_join(pieces, row, ids.nrows())
 
     def _split_words(self, pieces: tf.RaggedTensor) -> _Words:
         """The words of texts [B, pieces] that are cut at their special tokens."""

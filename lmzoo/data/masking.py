@@ -129,7 +129,7 @@ class MaskedLM:
 
     separate_documents: ClassVar[bool] = True
     frame: ClassVar[int] = 2
-    packings: ClassVar[tuple[Method, ...]] = ("pad", "best-fit")
+    packings: ClassVar[tuple[Method, ...]] = ("best-fit", "pad")
     needs_other: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -139,6 +139,9 @@ class MaskedLM:
             raise ValueError(f"unit: {self.unit!r}; it must be 'token', 'word' or 'span'")
         if self.max_predictions is not None and self.max_predictions < 1:
             raise ValueError(f"max_predictions: {self.max_predictions}; it must be at least 1")
+
+    def costs(self, seq_length: int) -> None:
+        """A piece takes as many places as it has tokens and its frame has."""
 
     def __call__(self, rows: Rows) -> Batch:
         """Gives the rows with tokens hidden, and `mask_positions`, labels and weights [B, M]."""

@@ -28,7 +28,8 @@ class Rows(NamedTuple):
 
     Where an objective has a `frame`, a document's first place and its last ones are free for special tokens.
     `other` is a row for each row, drawn by its seed, of another document unless the corpus has but a few, for an
-    objective that `needs_other`.
+    objective that `needs_other`. `seq_length` is the number of places that an example is to have, where rows have more,
+    as they do for an objective that has `costs`.
     """
 
     token_ids: np.ndarray
@@ -38,6 +39,7 @@ class Rows(NamedTuple):
     positions: np.ndarray
     seeds: np.ndarray
     other: "Rows | None" = None
+    seq_length: int | None = None
 
 
 class Objective(Protocol):
@@ -55,12 +57,19 @@ class Objective(Protocol):
 
     @property
     def packings(self) -> tuple[Method, ...]:
-        """The methods of packing whose rows it can take."""
+        """The methods of packing whose rows it can take, the usual one first."""
         ...
 
     @property
     def needs_other(self) -> bool:
         """Whether it needs a second row, of another document, for each."""
+        ...
+
+    def costs(self, seq_length: int) -> np.ndarray | None:
+        """Places that pieces of 0, 1, ... tokens take in an example of T, up to the longest piece that has room in one.
+
+        None: as many as they have tokens and their frames have.
+        """
         ...
 
     def __call__(self, rows: Rows) -> Batch:
@@ -84,6 +93,9 @@ class Causal:
     frame: ClassVar[int] = 0
     packings: ClassVar[tuple[Method, ...]] = ("stream", "pad", "best-fit")
     needs_other: ClassVar[bool] = False
+
+    def costs(self, seq_length: int) -> None:
+        """A piece takes as many places as it has tokens and its frame has."""
 
     def __call__(self, rows: Rows) -> Batch:
         """Gives token ids [B, T], the next ids [B, T], and weights [B, T] that are 0 where nothing follows."""

@@ -6,7 +6,9 @@
 | `pad` | one document, or T tokens of a longer one, and padding | a plan of some bytes a document |
 | `best-fit` | whole documents that fill the row as well as they can | a plan of some bytes a document |
 
-An objective may put special tokens around every piece, such as [CLS] and [SEP]. Rows with such frames need a plan.
+An objective may put special tokens around every piece, such as [CLS] and [SEP]. Rows with such frames need a plan. What
+an objective makes of a piece may be longer or shorter than it: the objective then says how many of T places the pieces
+of each length cost, and a row holds as many tokens as there is room for what is made of them.
 
 A *piece* is what of one document lies in one row. Pieces are numbered from 1 along the row (the segment ids; 0 is
 padding), and positions count from 0 in each, so that they stay below T.
@@ -52,6 +54,11 @@ class StreamPacking:
     def num_rows(self) -> int:
         """Rows that hold the whole corpus."""
         return -(-int(self.document_ends[-1]) // self.seq_length)
+
+    @property
+    def num_places(self) -> int:
+        """Places in them that are no padding."""
+        return int(self.document_ends[-1])
 
     def layout(self, rows: np.ndarray) -> Layout:
         """Lays out rows [B] of any order."""
@@ -106,6 +113,11 @@ class PlannedPacking:
         """Rows that hold the whole corpus."""
         return len(self.row_ends)
 
+    @property
+    def num_places(self) -> int:
+        """Places in them that are no padding."""
+        return int(self.lengths.sum(dtype=np.int64))
+
     def layout(self, rows: np.ndarray) -> Layout:
         """Lays out rows [B] of any order."""
         shape = len(rows), self.seq_length
@@ -145,7 +157,13 @@ class PlannedPacking:
 Packing: TypeAlias = StreamPacking | PlannedPacking
 
 
-def pack(document_ends: np.ndarray, seq_length: int, method: Method = "stream", frame: int = 0) -> Packing:
+def pack(
+    document_ends: np.ndarray,
+    seq_length: int,
+    method: Method = "stream",
+    frame: int = 0,
+    costs: np.ndarray | None = None,
+) -> Packing:
     """Plans the rows of a corpus.
 
     Args:
@@ -153,28 +171,30 @@ def pack(document_ends: np.ndarray, seq_length: int, method: Method = "stream", 
         seq_length: T, tokens in a row.
         method: see the table above.
         frame: places for special tokens around every piece; "stream" has none.
+        costs: [longest piece + 1], of T places, what a piece of 0, 1, ... tokens takes; None: its tokens and its frame.
     """
     if seq_length <= frame:
         raise ValueError(f"seq_length: {seq_length}; a row holds at least {frame + 1} token{'s' if frame else ''}")
     if method == "stream" and not frame:
-        return StreamPacking(document_ends, seq_length)
-    if method == "pad":
-        return _pad(document_ends, seq_length, frame)
-    if method == "best-fit":
-        return _best_fit(_pad(document_ends, seq_length, frame))
+        return StreamPacking(document_ends, seq_length if costs is None else len(costs) - 1)
+    if method in ("pad", "best-fit"):
+        costs = np.arange(frame, seq_length + 1) if costs is None else costs
+        # No pieces that a row has room for have more tokens together.
+        width = int((seq_length * (np.arange(1, len(costs)) + frame) // costs[1:]).max())
+        pieces = _pad(document_ends, width, frame, len(costs) - 1)
+        return pieces if method == "pad" else _best_fit(pieces, costs[pieces.lengths - frame], seq_length)
     allowed = "'pad' or 'best-fit', as pieces have frames" if frame else "'stream', 'pad' or 'best-fit'"
     raise ValueError(f"packing: {method!r}; it must be {allowed}")
 
 
-def _pad(document_ends: np.ndarray, seq_length: int, frame: int) -> PlannedPacking:
+def _pad(document_ends: np.ndarray, width: int, frame: int, room: int) -> PlannedPacking:
     """Cuts documents into pieces that fill a row and one of the rest, each of which has a row to itself."""
     document_lengths = np.diff(document_ends, prepend=0)
-    room = seq_length - frame
     count = -(-document_lengths // room)
     offset = _ranges(np.zeros_like(count), count) * room
     left = np.repeat(document_lengths, count) - offset
     return PlannedPacking(
-        seq_length,
+        width,
         frame,
         row_ends=np.arange(1, len(offset) + 1),
         starts=np.repeat(document_ends - document_lengths, count) + offset,
@@ -183,29 +203,28 @@ def _pad(document_ends: np.ndarray, seq_length: int, frame: int) -> PlannedPacki
     )
 
 
-def _best_fit(pieces: PlannedPacking) -> PlannedPacking:
-    """Puts the pieces, the longest first, each into the fullest row that still has room for it.
+def _best_fit(pieces: PlannedPacking, costs: np.ndarray, room_for_all: int) -> PlannedPacking:
+    """Puts the pieces, the costliest first, each into the fullest row that still has room for it.
 
-    Pieces of one length are placed together: a row with room r takes r // length of them one after the other, as after
-    each it is the fullest with room. So the work is a step for each pair of a length and a room, not for each document.
+    Pieces of one cost are placed together: a row with room r takes r // cost of them one after the other, as after each
+    it is the fullest with room. So the work is a step for each pair of a cost and a room, not for each document.
 
     Reference: Ding et al. 2024, "Fewer Truncations Improve Language Modeling", section 3.
     """
-    room_for_all = pieces.seq_length
-    order = np.argsort(-pieces.lengths, kind="stable")
-    lengths = pieces.lengths[order]
+    order = np.argsort(-costs, kind="stable")
+    costs = costs[order]
     row_of = np.empty(len(order), np.int64)
     rows_with: dict[int, list[np.ndarray]] = {}  # room left -> rows that have it
     rooms: list[int] = []  # the keys, sorted
     num_rows = placed = 0
-    group_ends = [*(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(lengths)]
+    group_ends = [*(np.flatnonzero(np.diff(costs)) + 1).tolist(), len(costs)]
     for end in group_ends:
-        length = int(lengths[end - 1])
+        cost = int(costs[end - 1])
         while placed < end:
-            fullest = bisect_left(rooms, length)
+            fullest = bisect_left(rooms, cost)
             new = fullest == len(rooms)
             room = room_for_all if new else rooms[fullest]
-            each = room // length
+            each = room // cost
             wanted = -(-(end - placed) // each)
             if new:
                 rows = np.arange(num_rows, num_rows + wanted)
@@ -219,12 +238,12 @@ def _best_fit(pieces: PlannedPacking) -> PlannedPacking:
             row_of[placed : placed + here] = np.repeat(rows, each)[:here]
             placed += here
             in_last = here - each * (len(rows) - 1)
-            _put_back(rows_with, rooms, room - each * length, rows[:-1])
-            _put_back(rows_with, rooms, room - in_last * length, rows[-1:])
+            _put_back(rows_with, rooms, room - each * cost, rows[:-1])
+            _put_back(rows_with, rooms, room - in_last * cost, rows[-1:])
     by_row = np.argsort(row_of, kind="stable")
     order = order[by_row]
     return PlannedPacking(
-        room_for_all,
+        pieces.seq_length,
         pieces.frame,
         row_ends=np.cumsum(np.bincount(row_of, minlength=num_rows)),
         starts=pieces.starts[order],

@@ -7,6 +7,7 @@ on many.
 """
 
 import atexit
+import copy
 import math
 import threading
 import time
@@ -48,9 +49,9 @@ class Batches:
     Args:
         corpus: what to read.
         objective: what to make of a row.
-        seq_length: T, tokens in a row.
+        seq_length: T, tokens in a row; of an encoder's, where there is a decoder too.
         batch_size: B, examples in a global batch, that of all machines together.
-        packing: how documents become rows, see `lmzoo.data.packing`.
+        packing: how documents become rows, see `lmzoo.data.packing`. None is the objective's usual method.
         seed: of the order of the rows and of all that is random in the objective.
         shuffle: whether to go through the rows in another order in each epoch.
         start_index: the first example; those of the batches done, if a run is resumed.
@@ -64,7 +65,7 @@ class Batches:
     objective: Objective
     seq_length: int
     batch_size: int
-    packing: Method = "stream"
+    packing: Method | None = None
     seed: int = 0
     shuffle: bool = True
     start_index: int = 0
@@ -81,20 +82,34 @@ class Batches:
         if self.num_examples is not None and self.epochs is not None:
             raise ValueError(f"num_examples={self.num_examples} and epochs={self.epochs}: give one of the two")
         ends, objective = self.corpus.document_ends, self.objective
-        if self.packing not in objective.packings:
+        packing = self.packing or objective.packings[0]
+        if packing not in objective.packings:
             allowed = " or ".join(map(repr, objective.packings))
-            raise ValueError(f"packing: {self.packing!r}; for {type(objective).__name__} it must be {allowed}")
+            raise ValueError(f"packing: {packing!r}; for {type(objective).__name__} it must be {allowed}")
         if not objective.separate_documents:
-            if self.packing == "best-fit":
+            if packing == "best-fit":
                 raise ValueError("packing: 'best-fit' puts documents beside each other that must be kept separate")
-            if self.packing == "stream":
+            if packing == "stream":
                 ends = ends[-1:]
-        object.__setattr__(self, "_packed", pack(ends, self.seq_length, self.packing, objective.frame))
+        costs = objective.costs(self.seq_length)
+        object.__setattr__(self, "_packed", pack(ends, self.seq_length, packing, objective.frame, costs))
+
+    def between(self, start_index: int, num_examples: int) -> "Batches":
+        """The batches of the examples from `start_index` up to `num_examples`, without packing the corpus again."""
+        part = copy.copy(self)
+        for name, value in {"start_index": start_index, "num_examples": num_examples, "epochs": None}.items():
+            object.__setattr__(part, name, value)
+        return part
 
     @property
     def rows_per_epoch(self) -> int:
         """Examples in a pass over the corpus."""
         return self._packed.num_rows
+
+    @property
+    def real_share(self) -> float:
+        """Share of the places in rows that are no padding, over an epoch."""
+        return self._packed.num_places / (self._packed.num_rows * self._packed.seq_length)
 
     @property
     def stop_index(self) -> int | None:
@@ -141,6 +156,7 @@ class Batches:
             segment_ids=layout.segment_ids * in_row,
             positions=layout.positions * in_row,
             seeds=seeds,
+            seq_length=self.seq_length,
         )
 
     def batch_at(self, step: int) -> Batch:
@@ -169,7 +185,7 @@ class Batches:
             raise ValueError(f"shard_index: {shard_index}; with num_shards={num_shards} it must be below that, from 0")
 
         def make(element: np.ndarray) -> list[np.ndarray]:
-            with _exit_guard:
+            with exit_guard:
                 step, replica = divmod(int(element), replicas)
                 inputs, labels, weights = self.examples(self._indices(step, shard_index * replicas + replica, parts))
                 return [*inputs.values(), labels, weights]
@@ -288,5 +304,5 @@ class _ExitGuard:
             time.sleep(_QUIET_SECONDS / 10)
 
 
-_exit_guard = _ExitGuard()
-atexit.register(_exit_guard.wait)
+exit_guard = _ExitGuard()
+atexit.register(exit_guard.wait)

@@ -49,6 +49,7 @@ def prepare(
     validation_fraction: float = 0.05,
     seed: int = 0,
     separator: str | None = None,
+    end_documents: bool = True,
     num_processes: int = 1,
     shard_tokens: int = SHARD_TOKENS,
     overwrite: bool = False,
@@ -60,12 +61,14 @@ def prepare(
 
     Args:
         sources: files, patterns, dataset names; see `lmzoo.data.sources`.
-        tokenizer: its end-of-sequence token, if it has one, is put after every document.
+        tokenizer: that encodes.
         directory: to be written.
         validation_fraction: documents set aside, from 0 up to but not including 1. A hash of the text and the seed
             decides, so that equal documents go the same way; if more than 0, at least one document goes each way.
         seed: of the split.
         separator: what stands between two documents of a text file; None for the rule of `lmzoo.data.sources`.
+        end_documents: whether the tokenizer's end-of-sequence token, if it has one, is put after every document. Masked
+            LM puts special tokens around documents itself.
         num_processes: processes that encode. With 1, the tokenizer works in this process, on all cores if it can.
         shard_tokens: tokens in a file of the corpus, see `CorpusWriter`.
         overwrite: whether to replace what was prepared in that directory from something else.
@@ -83,7 +86,7 @@ def prepare(
         raise ValueError(f"num_processes: {num_processes}; it must be at least 1")
     opened = open_sources(sources, separator)
     directory = Path(directory)
-    manifest = _manifest(opened, tokenizer, validation_fraction, seed, shard_tokens)
+    manifest = _manifest(opened, tokenizer, validation_fraction, seed, end_documents, shard_tokens)
     existing = _existing(directory, manifest, overwrite)
     if existing is not None:
         return existing
@@ -103,7 +106,7 @@ def prepare(
             ]
             documents = _split(iterate(opened), validation_fraction, seed)
             bar = stack.enter_context(_Bar(opened, progress))
-            for batch, tokens, lengths in _encode(_batches(documents), tokenizer, num_processes):
+            for batch, tokens, lengths in _encode(_batches(documents), tokenizer, end_documents, num_processes):
                 _write(batch, tokens, lengths, writers)
                 bar.show(batch.position, writers)
         (path / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -119,7 +122,12 @@ class _Batch(NamedTuple):
 
 
 def _manifest(
-    sources: Sequence[Source], tokenizer: Tokenizer, validation_fraction: float, seed: int, shard_tokens: int
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    validation_fraction: float,
+    seed: int,
+    end_documents: bool,
+    shard_tokens: int,
 ) -> dict[str, Any]:
     manifest = {
         "format_version": 1,
@@ -127,6 +135,7 @@ def _manifest(
         "tokenizer": tokenizer.fingerprint,
         "validation_fraction": validation_fraction,
         "seed": seed,
+        "end_documents": end_documents,
         "shard_tokens": shard_tokens,
     }
     return json.loads(json.dumps(manifest))
@@ -135,7 +144,7 @@ def _manifest(
 def _existing(directory: Path, manifest: dict[str, Any], overwrite: bool) -> Prepared | None:
     """Opens what is there, if it was made as the manifest says."""
     try:
-        found = json.loads((directory / _MANIFEST).read_bytes())
+        found = {"end_documents": True, **json.loads((directory / _MANIFEST).read_bytes())}
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     differing = [name for name in manifest if found.get(name) != manifest[name]]
@@ -250,23 +259,24 @@ class _Bar:
         self._progress.stop()
 
 
-def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Gives the ids of all the texts, an end-of-sequence id after each if there is one, and how many each text has."""
+def encode_documents(tokenizer: Tokenizer, texts: list[str], end: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Gives the ids of all the texts, each with the id `end` behind it if there is one, and how many each text has."""
     ids = tokenizer.encode(texts)
-    if tokenizer.eos_token_id is not None:
+    if end is not None:
         for document in ids:
-            document.append(tokenizer.eos_token_id)
+            document.append(end)
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     return np.fromiter(itertools.chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
 
 
 def _encode(
-    batches: Iterable[_Batch], tokenizer: Tokenizer, num_processes: int
+    batches: Iterable[_Batch], tokenizer: Tokenizer, end_documents: bool, num_processes: int
 ) -> Iterator[tuple[_Batch, np.ndarray, np.ndarray]]:
     """Encodes batches in their order, with no more than a few of them in memory."""
+    end = tokenizer.eos_token_id if end_documents else None
     if num_processes == 1:
         for batch in batches:
-            yield batch, *encode_documents(tokenizer, batch.texts)
+            yield batch, *encode_documents(tokenizer, batch.texts, end)
         return
     workers = [_Worker(tokenizer) for _ in range(num_processes)]
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -276,7 +286,7 @@ def _encode(
     def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         worker = idle.get()
         try:
-            return worker.encode(texts)
+            return worker.encode(texts, end)
         finally:
             idle.put(worker)
 
@@ -311,12 +321,12 @@ class _Worker:
         )
         self._start = pickle.dumps(sys.path) + pickle.dumps(tokenizer)
 
-    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Sends texts and waits for their ids."""
+    def encode(self, texts: list[str], end: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Sends texts, and the id behind each of them, and waits for their ids."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
-            self._process.stdin.write(self._start + pickle.dumps(texts))
+            self._process.stdin.write(self._start + pickle.dumps((texts, end)))
             self._process.stdin.flush()
             self._start = b""
             answer = pickle.load(self._process.stdout)
@@ -341,11 +351,11 @@ def serve() -> None:
     tokenizer = pickle.load(requests)
     while True:
         try:
-            texts = pickle.load(requests)
+            texts, end = pickle.load(requests)
         except EOFError:
             return
         try:
-            answer: Any = encode_documents(tokenizer, texts)
+            answer: Any = encode_documents(tokenizer, texts, end)
         except Exception as error:
             answer = error
         pickle.dump(answer, answers)

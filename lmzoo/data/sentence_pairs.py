@@ -31,6 +31,9 @@ class _SentencePairs:
     packings: ClassVar[tuple[Method, ...]] = ("pad",)
     needs_other: ClassVar[bool] = False
 
+    def costs(self, seq_length: int) -> None:
+        """A piece takes as many places as it has tokens and its frame has."""
+
     def _batch(self, rows: Rows, first: np.ndarray, second: np.ndarray, sizes: np.ndarray, labels: np.ndarray) -> Batch:
         """Frames two texts, given by their tokens [B, T] and sizes [2, B], and hides some of them.
 

@@ -1,4 +1,4 @@
-"""Reading and writing the files of a tokenizer: Hugging Face's, GPT-2's and BERT's."""
+"""Reading the files of a tokenizer: Hugging Face's, GPT-2's, BERT's and SentencePiece's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
+from lmzoo.data.tokenizer_sentencepiece import load_sentencepiece
 from lmzoo.data.tokenizer_training import SPECIAL_TOKENS, bert_template
 
 # The roles of special tokens, and which token plays each when no configuration says so: the names that the published
@@ -23,6 +24,7 @@ USUAL_TOKENS = {
     "sep_token": ("[SEP]",),
     "mask_token": ("[MASK]", "<mask>"),
 }
+_SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model", "tokenizer.model")
 # GPT-2's own release calls the same two files encoder.json and vocab.bpe.
 _BPE_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
@@ -43,6 +45,8 @@ def load(path: Path) -> Loaded:
     config = _read_config(file.parent)
     if any(file.name in pair for pair in _BPE_FILES):
         return _load_gpt2(file, config)
+    if file.suffix == ".model":
+        return load_sentencepiece(file, config), _configured_roles(config)
     if file.suffix == ".txt":
         return _load_bert(file, config)
     try:
@@ -104,6 +108,7 @@ def _with_special_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any], 
 
 def _find_vocabulary(directory: Path) -> Path:
     names = ["tokenizer.json", *(vocabulary for vocabulary, _ in _BPE_FILES), "vocab.txt"]
+    names += _SENTENCEPIECE_FILES
     for name in names:
         if (directory / name).is_file():
             return directory / name

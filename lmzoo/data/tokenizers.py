@@ -1,8 +1,9 @@
 """Tokenizers: train, load, save, encode fast; the work is done by the `tokenizers` library.
 
-Four kinds: byte-level BPE ("bpe", as GPT-2), WordPiece ("wordpiece", as BERT), Unigram ("unigram", as T5 and
-SentencePiece) and one token a character ("char"). What is saved is a `tokenizer.json`, which Hugging Face opens.
-TensorFlow is imported only when the in-graph twin, `Tokenizer.graph`, is asked for.
+Five kinds: byte-level BPE ("bpe", as GPT-2 and RoBERTa), WordPiece ("wordpiece", as BERT), Unigram ("unigram", as T5,
+ALBERT and SentencePiece), one token a character ("char") and one token a byte ("byte", as ByT5). What is saved is a
+`tokenizer.json`, which Hugging Face opens. TensorFlow is imported only when the in-graph twin, `Tokenizer.graph`, is
+asked for.
 """
 
 from __future__ import annotations
@@ -64,19 +65,27 @@ class Tokenizer:
         vocab_size: int | None = None,
         special_tokens: Sequence[str] | Mapping[str, str] | None = None,
         lowercase: bool = True,
+        masked: bool = False,
+        num_sentinels: int = 0,
     ) -> Self:
         """Trains a tokenizer. The same text gives the same tokenizer.
 
         Args:
             source: a UTF-8 text file, a list or tuple of such files, or any other iterable of texts. A list of
                 strings means files: pass `iter(texts)` to train on the strings themselves.
-            kind: "bpe" (byte-level, any text round-trips), "wordpiece", "unigram" or "char".
+            kind: "bpe" (byte-level, any text round-trips), "wordpiece", "unigram", "char", or "byte", which learns
+                nothing and does not read the source.
             vocab_size: number of tokens, special ones included; fewer come out of a short text. None: 8192, and as
-                many as there are characters for "char".
+                many as there are characters for "char" or bytes for "byte".
             special_tokens: their ids are 0, 1, 2... in this order; or a dict from role to token. None:
                 `<|endoftext|>` for "bpe", `<|endoftext|> <unk>` for "char", `[PAD] [UNK] [CLS] [SEP] [MASK]` for
-                "wordpiece", `<pad> </s> <unk>` for "unigram".
+                "wordpiece", `<pad> </s> <unk>` for "unigram" and "byte".
             lowercase: for "wordpiece" only: lower-case the text and strip its accents.
+            masked: take the special tokens of encoders instead, and put them around texts: those of RoBERTa, `<s> <pad>
+                </s> <unk> <mask>`, for "bpe" and "char", of ALBERT, `<pad> <unk> [CLS] [SEP] [MASK]`, for "unigram".
+                WordPiece has them anyway.
+            num_sentinels: how many `<extra_id_0>`, `<extra_id_1>`... there are to mark spans with, for "unigram" and
+                "byte". They come last: in descending order for "unigram", as in T5, ascending for "byte", as in ByT5.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -87,7 +96,9 @@ class Tokenizer:
         """
         if isinstance(special_tokens, Mapping):
             _check_roles(special_tokens)
-        backend, roles = tokenizer_training.train(source, kind, vocab_size, special_tokens, lowercase)
+        backend, roles = tokenizer_training.train(
+            source, kind, vocab_size, special_tokens, lowercase, masked, num_sentinels
+        )
         return cls(backend, roles)
 
     @classmethod
@@ -95,8 +106,9 @@ class Tokenizer:
         """Loads a tokenizer from a directory, or from one file of it.
 
         A directory is searched for `tokenizer.json`, then `vocab.json` with `merges.txt` (GPT-2), then `vocab.txt`
-        (BERT). `tokenizer_config.json` beside them, if there, names the special tokens and, for the two last, says
-        `do_lower_case` (default true) and `add_prefix_space` (default false).
+        (BERT), then `spiece.model` (SentencePiece's Unigram, as T5 and ALBERT). `tokenizer_config.json` beside them, if
+        there, names the special tokens and, for the others than the first, says what they do not: `do_lower_case`
+        (default true), `add_prefix_space` (default false), `extra_ids` (T5's number of sentinels, default 0).
 
         Raises:
             FileNotFoundError: the path or every known file is missing.
@@ -111,7 +123,9 @@ class Tokenizer:
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        if self._spec["post_processor"] and 1 in self._backend.encode("a", "b").type_ids:
+            config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]  # Not so by default.
         pre_tokenizer = self._spec["pre_tokenizer"] or {}
         if "add_prefix_space" in pre_tokenizer:
             config["add_prefix_space"] = pre_tokenizer["add_prefix_space"]
@@ -172,7 +186,23 @@ class Tokenizer:
         Raises:
             ValueError: `first` and `second` differ in number, or `max_length` leaves no room for the special tokens.
         """
-        return tokenizer_pairs.encode_pairs(self._backend, first, second, max_length)
+        return tokenizer_pairs.encode_pairs(self._backend, self._untrimmed, first, second, max_length)
+
+    def encode_windows(
+        self, first: Iterable[str], second: Iterable[str], *, max_length: int, stride: int
+    ) -> tokenizer_pairs.Windows:
+        """Encodes pairs of texts as `encode_pairs` does, the second one through windows if it is long.
+
+        Args:
+            first: the texts that stand in every window, cut to half of it.
+            second: the text that belongs to each of them.
+            max_length: tokens of a window, the first text and special tokens included.
+            stride: tokens of the second text that two windows in a row have in common.
+
+        Raises:
+            ValueError: `first` and `second` differ in number, or `stride` is half of a window or more.
+        """
+        return tokenizer_pairs.encode_windows(self._backend, self._untrimmed, first, second, max_length, stride)
 
     def decode(self, ids: Any, skip_special_tokens: bool = True) -> str | list[str]:
         """Turns token ids into text: a flat sequence gives a str, a nested one, row by row, a list of str.
@@ -212,10 +242,13 @@ class Tokenizer:
 
     @functools.cached_property
     def kind(self) -> str:
-        """One of "bpe", "wordpiece", "unigram" and "char", or the name of the model, in lower case, if it is none."""
-        model = self._spec["model"]
-        if model["type"] == "BPE" and not model["merges"] and self._spec["pre_tokenizer"] is None:
-            return "char"
+        """One of the five, or the name of the model, in lower case, if it is none."""
+        model, pre_tokenizer = self._spec["model"], self._spec["pre_tokenizer"]
+        if model["type"] == "BPE" and not model["merges"]:
+            if pre_tokenizer is None:
+                return "char"
+            if pre_tokenizer["type"] == "ByteLevel" and not pre_tokenizer["use_regex"]:
+                return "byte"
         return model["type"].lower()
 
     @functools.cached_property
@@ -284,6 +317,14 @@ class Tokenizer:
     @functools.cached_property
     def _spec(self) -> dict[str, Any]:
         return json.loads(self._backend.to_str())
+
+    @functools.cached_property
+    def _untrimmed(self) -> tokenizers.Tokenizer:
+        """A tokenizer whose offsets the post-processor has not trimmed yet, which a second time would be too much."""
+        post_processor = self._spec["post_processor"] or {}
+        if not any(part.get("trim_offsets") for part in post_processor.get("processors", [post_processor])):
+            return self._backend
+        return tokenizers.Tokenizer.from_str(json.dumps(self._spec | {"post_processor": None}))
 
     def _role_id(self, role: str) -> int | None:
         token = self._roles[role]

@@ -20,6 +20,11 @@ class Masked(keras.optimizers.Optimizer):
         no_decay: regular expressions; a variable whose path one of them finds does not decay either.
         learning_rate_factors: regular expression -> factor; the first that finds a variable's path counts, for its
             update and its decay.
+        start_decay: regular expression -> factor; a variable whose path is found, whatever its rank, decays by the
+            first factor towards the value that it had when the optimizer was built, and not by `weight_decay` to 0.
+            These values are part of the optimizer's state.
+
+    Reference: Li et al. 2018, "Explicit Inductive Bias for Transfer Learning" (L2-SP); here the decay is decoupled.
     """
 
     def __init__(
@@ -27,18 +32,28 @@ class Masked(keras.optimizers.Optimizer):
         *args: Any,
         no_decay: Sequence[str] = (),
         learning_rate_factors: Mapping[str, float] | None = None,
+        start_decay: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.no_decay = tuple(no_decay)
         self.learning_rate_factors = tuple((learning_rate_factors or {}).items())
+        self.start_decay = tuple((start_decay or {}).items())
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
-        """Creates the optimizer's variables, and looks up each variable's factor."""
-        if not self.built:
-            paths = [variable.path for variable in variables]
-            self._factors = tuple(self._factor(path) for path in paths)
+        """Creates the optimizer's variables, and looks up each variable's factors."""
+        if self.built:
+            return
+        self._factors = tuple(_first(self.learning_rate_factors, each.path, 1.0) for each in variables)
+        self._start_factors = tuple(_first(self.start_decay, each.path, 0.0) for each in variables)
         super().build(variables)
+        self._starts = [
+            self.add_variable_from_reference(variable, name="start") if factor else None
+            for variable, factor in zip(variables, self._start_factors, strict=True)
+        ]
+        for start, variable in zip(self._starts, variables, strict=True):
+            if start is not None:
+                start.assign(ops.convert_to_numpy(variable))
 
     def decays(self, variable: keras.Variable) -> bool:
         """Whether weight decay applies to a variable."""
@@ -52,24 +67,32 @@ class Masked(keras.optimizers.Optimizer):
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor."""
-        masks = {"no_decay": list(self.no_decay), "learning_rate_factors": dict(self.learning_rate_factors)}
-        return {**super().get_config(), **masks}
-
-    def _factor(self, path: str) -> float:
-        return next((factor for pattern, factor in self.learning_rate_factors if re.search(pattern, path)), 1.0)
+        return {
+            **super().get_config(),
+            "no_decay": list(self.no_decay),
+            "learning_rate_factors": dict(self.learning_rate_factors),
+            "start_decay": dict(self.start_decay),
+        }
 
     def _rate(self, variable: Any, learning_rate: Any) -> Any:
         factor = self._factors[self._get_variable_index(variable)]
         return learning_rate if factor == 1.0 else learning_rate * factor
 
+    def _decay_of(self, variable: keras.Variable) -> Any:
+        """What a variable loses at a learning rate of 1; None for one that does not decay."""
+        index = self._get_variable_index(variable)
+        if self._starts[index] is not None:
+            return ops.multiply(ops.subtract(variable, self._starts[index]), self._start_factors[index])
+        if self.weight_decay and self.decays(self._trainable_variables[index]):
+            return ops.multiply(variable, self.weight_decay)
+        return None
+
     def _apply_weight_decay(self, variables: Sequence[keras.Variable]) -> None:
         """Decoupled decay by learning rate times weight decay."""
-        if not self.weight_decay:
-            return
         for variable in variables:
-            if self.decays(variable):
-                rate = ops.cast(self._rate(variable, self.learning_rate), variable.dtype) * self.weight_decay
-                self.assign_sub(variable, ops.multiply(variable, rate))
+            decay = self._decay_of(variable)
+            if decay is not None:
+                self.assign_sub(variable, decay * ops.cast(self._rate(variable, self.learning_rate), variable.dtype))
 
 
 @keras.saving.register_keras_serializable("lmzoo")
@@ -123,8 +146,10 @@ class Lamb(Masked, keras.optimizers.Lamb):
         self.assign_add(v, (ops.square(gradient) - v) * (1 - self.beta_2))
         update = m / (1 - ops.power(self.beta_1, step))
         update = update / (ops.sqrt(v / (1 - ops.power(self.beta_2, step))) + self.epsilon)
+        decay = self._decay_of(variable)
+        if decay is not None:
+            update = update + decay
         if self.decays(self._trainable_variables[index]):
-            update = update + (self.weight_decay or 0.0) * variable
             weight_norm, update_norm = ops.norm(variable), ops.norm(update)
             known = ops.logical_and(weight_norm > 0, update_norm > 0)
             rate = rate * ops.where(known, weight_norm / ops.where(known, update_norm, 1.0), 1.0)
@@ -237,9 +262,13 @@ class Adafactor(Masked, _AdafactorBase):
         relative_step: whether to multiply the rate by max(epsilon_2, root mean square of the variable).
         smallest_factored: smallest second-largest axis of a tensor that is factored.
         name: name of the optimizer.
-        no_decay, learning_rate_factors: as in `Masked`.
+        no_decay, learning_rate_factors, start_decay: as in `Masked`.
         kwargs: as in `keras.optimizers.Optimizer`.
     """
+
+
+def _first(factors: Sequence[tuple[str, float]], path: str, otherwise: float) -> float:
+    return next((factor for pattern, factor in factors if re.search(pattern, path)), otherwise)
 
 
 def _rms(tensor: Any) -> Any:
@@ -264,6 +293,7 @@ def make_optimizer(
     ema_momentum: float | None = None,
     no_decay: Sequence[str] = (),
     learning_rate_factors: Mapping[str, float] | None = None,
+    start_decay: Mapping[str, float] | None = None,
     **settings: Any,
 ) -> keras.optimizers.Optimizer:
     """Returns an optimizer by name, with the settings usual for language models.
@@ -274,7 +304,7 @@ def make_optimizer(
         weight_decay: decay of kernels and embeddings, multiplied by the learning rate; 0 or more.
         global_clipnorm: largest global gradient norm; None does not clip.
         ema_momentum: keeps a running average of the weights with this momentum, below 1; None keeps none.
-        no_decay, learning_rate_factors: as in `Masked`.
+        no_decay, learning_rate_factors, start_decay: as in `Masked`.
         settings: other arguments of the optimizer's class.
 
     Raises:
@@ -294,5 +324,6 @@ def make_optimizer(
         global_clipnorm=global_clipnorm,
         no_decay=no_decay,
         learning_rate_factors=learning_rate_factors,
+        start_decay=start_decay,
         **settings,
     )

@@ -11,6 +11,12 @@ import tensorflow as tf
 Tensor = Any
 
 
+def check_remat(remat: str | None) -> None:
+    """Refuses what `compile(remat=...)` does not take."""
+    if remat not in (None, "block"):
+        raise ValueError(f'remat is {remat!r}, but must be "block" or None.')
+
+
 def recomputed(layer: keras.layers.Layer, /, *tensors: Tensor | None, **arguments: Any) -> Any:
     """Returns `layer(*tensors, **arguments)`, of which nothing but `tensors` is kept for the backward pass.
 

@@ -120,6 +120,11 @@ def is_tpu(strategy: tf.distribute.Strategy) -> bool:
     return isinstance(strategy, tf.distribute.TPUStrategy)
 
 
+def compiles_by_default() -> bool:
+    """Whether training steps are compiled with XLA where nobody says: on GPUs only."""
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
 def has_only_gpus(strategy: tf.distribute.Strategy) -> bool:
     """Whether all of a strategy's replicas on this worker are GPUs."""
     return all("GPU" in device for device in strategy.extended.worker_devices)

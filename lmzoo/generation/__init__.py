@@ -1,6 +1,7 @@
-"""Text generation: from logits to token ids, and the loop around a model's decoding step. Knows no model."""
+"""Text generation: from logits to token ids, and the loops around a model's decoding step. Knows no model."""
 
+from lmzoo.generation.beam import BeamOptions, BeamResult, BeamSearch
 from lmzoo.generation.decode import Decoder, DecodeResult, StreamedTokens
 from lmzoo.generation.sampling import SamplingOptions
 
-__all__ = ["DecodeResult", "Decoder", "SamplingOptions", "StreamedTokens"]
+__all__ = ["BeamOptions", "BeamResult", "BeamSearch", "DecodeResult", "Decoder", "SamplingOptions", "StreamedTokens"]

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from lmzoo.generation.sampling import SamplingOptions, chosen_log_probs, constrain, is_integer, sample
+from lmzoo.generation.rules import constrain, end_lengths
+from lmzoo.generation.sampling import SamplingOptions, chosen_log_probs, is_integer, sample
 
 Tensor = Any
 # step(token_ids [B, T], cache, padding_mask [B, T]) -> (logits [B, V] float32 at each row's last real token, cache)
 Step = Callable[[Tensor, Any, Tensor], tuple[Tensor, Any]]
-# init_cache(batch_size, cache_length) -> cache, a nest of tensors
+# init_cache(batch_size, cache_length) -> cache, a nest of tensors; with a source, that comes first
 InitCache = Callable[[Any, Any], Any]
 
 # Streamed prompts are padded to one of these widths or a multiple of the last, so that few functions are compiled.
@@ -73,15 +74,8 @@ class _State(NamedTuple):
     cache: Any
 
 
-class Decoder:
-    """A model's decoding step with the settings of a generation: call it for a result, or stream from it.
-
-    Calling it builds one `tf.while_loop` over tensors of fixed shape that ends as soon as every row has ended. Wrap
-    the call in a `tf.function` to compile it; it can be exported, and the greedy loop converts to TFLite builtins. The
-    batch may have any number of rows, none included.
-
-    Each row depends on its own prompt, seed and limit alone, so it gives the same tokens in any batch, as far as the
-    model's own logits are the same.
+class GenerationLoop:
+    """What loops around a model's decoding step have in common: the settings, and reading the prompts.
 
     Args:
         step: `step(token_ids [B, T], cache, padding_mask [B, T]) -> (logits [B, V], cache)`, with the logits at the
@@ -89,12 +83,12 @@ class Decoder:
             The mask is True for real tokens; the token of a row that has ended is not one, and its logits are not
             looked at.
         init_cache: `init_cache(batch_size, cache_length) -> cache`, a nest of tensors. Either number is a Python
-            integer where it is known when the graph is built, and a scalar tensor otherwise.
+            integer where it is known when the graph is built, and a scalar tensor otherwise. Where a call has a
+            `source`, it takes that in place of the number of rows.
         max_new_tokens: width of the result, >= 1.
         options: how tokens are chosen.
         eos_token_id: the token that ends a row (kept in the result), several of them, or None.
         pad_token_id: fills rows that have ended; also stands in for the prompt of an empty row.
-        with_log_probs: also give the log-probabilities of the new tokens.
 
     Raises:
         ValueError: `max_new_tokens` is not an integer >= 1, or a token id is negative.
@@ -109,7 +103,6 @@ class Decoder:
         options: SamplingOptions,
         eos_token_id: int | Sequence[int] | None,
         pad_token_id: int,
-        with_log_probs: bool = False,
     ):
         if not is_integer(max_new_tokens, least=1):
             raise ValueError(f"max_new_tokens={max_new_tokens!r}: must be an integer >= 1.")
@@ -127,10 +120,61 @@ class Decoder:
         self.options = options
         self.eos_token_ids = eos_token_ids
         self.pad_token_id = int(pad_token_id)
+
+    def _prompts(
+        self, token_ids: Tensor, lengths: Tensor, limits: Tensor | int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Prompts, lengths and limits as tensors of one shape: [B, P] with P >= 1, [B] and [B]."""
+        token_ids = tf.cast(token_ids, tf.int32)
+        if token_ids.shape.rank != 2:
+            raise ValueError(f"token_ids has shape {token_ids.shape}: prompts must be one padded [B, P] tensor.")
+        if token_ids.shape[1] is None or token_ids.shape[1] < 1:
+            token_ids = tf.pad(token_ids, [[0, 0], [0, tf.maximum(0, 1 - tf.shape(token_ids)[1])]])
+        rows = [static_or_dynamic(token_ids)[0]]
+        limits = self.max_new_tokens if limits is None else limits
+        return token_ids, *(tf.broadcast_to(tf.cast(each, tf.int32), rows) for each in (lengths, limits))
+
+    def _read(self, token_ids: Tensor, lengths: Tensor, source: Any) -> tuple[Tensor, Any, Tensor, Any]:
+        """Reads the prompts: logits [B, V] after them, history (() if no rule needs it), lengths [B], and the cache."""
+        rows, width = static_or_dynamic(token_ids)
+        token_ids = tf.where(tf.sequence_mask(lengths, width), token_ids, self.pad_token_id)
+        lengths = tf.clip_by_value(lengths, 1, width)
+        # The last new token is not read, so it needs no slot.
+        cache = self._init_cache(rows if source is None else source, width + self.max_new_tokens - 1)
+        logits, cache = self._step(token_ids, cache, tf.sequence_mask(lengths, width))
+        history: Any = ()
+        if self.options.needs_history:
+            history = tf.pad(token_ids, [[0, 0], [0, self.max_new_tokens]])
+        return logits, history, lengths, cache
+
+
+class Decoder(GenerationLoop):
+    """A model's decoding step with the settings of a generation: call it for a result, or stream from it.
+
+    Calling it builds one `tf.while_loop` over tensors of fixed shape that ends as soon as every row has ended. Wrap
+    the call in a `tf.function` to compile it; it can be exported, and the greedy loop converts to TFLite builtins. The
+    batch may have any number of rows, none included.
+
+    Each row depends on its own prompt, seed and limit alone, so it gives the same tokens in any batch, as far as the
+    model's own logits are the same.
+
+    Args:
+        with_log_probs: also give the log-probabilities of the new tokens.
+        args, kwargs: as in `GenerationLoop`.
+    """
+
+    def __init__(self, *args: Any, with_log_probs: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self.with_log_probs = with_log_probs
 
     def __call__(
-        self, token_ids: Tensor, lengths: Tensor, *, seeds: Tensor | int | None = None, limits: Tensor | None = None
+        self,
+        token_ids: Tensor,
+        lengths: Tensor,
+        *,
+        seeds: Tensor | int | None = None,
+        limits: Tensor | None = None,
+        source: Any = None,
     ) -> DecodeResult:
         """Generates after the prompts.
 
@@ -143,8 +187,9 @@ class Decoder:
             seeds: fixes the draws. A scalar is the seed of every row, so that equal prompts give equal texts; give one
                 a row for different ones. None draws them from TensorFlow's global generator. Not used when greedy.
             limits: the most new tokens of each row; at most `max_new_tokens`, which is the default.
+            source: a nest of tensors that the rows answer, as an encoder reads it; None if there is only the prompt.
         """
-        request, state = self._start(*self._inputs(token_ids, lengths, seeds, limits))
+        request, state = self._start(*self._inputs(token_ids, lengths, seeds, limits), source)
 
         def goes_on(state: _State) -> Tensor:
             return (state.num_steps < self.max_new_tokens) & ~tf.reduce_all(state.has_ended)
@@ -154,7 +199,13 @@ class Decoder:
         return DecodeResult(state.token_ids, state.lengths, state.end_lengths, log_probs)
 
     def stream(
-        self, token_ids: Tensor, lengths: Tensor, *, seeds: Tensor | int | None = None, limits: Tensor | None = None
+        self,
+        token_ids: Tensor,
+        lengths: Tensor,
+        *,
+        seeds: Tensor | int | None = None,
+        limits: Tensor | None = None,
+        source: Any = None,
     ) -> Iterator[StreamedTokens]:
         """Generates one token a row at a time: the tokens of a call with the same arguments, as soon as they are there.
 
@@ -162,12 +213,10 @@ class Decoder:
         decoder that is streamed from more than once. Arguments are those of the call.
         """
         token_ids, *rest = self._inputs(token_ids, lengths, seeds, limits)
-        widest = _STREAM_WIDTHS[-1]
-        width = token_ids.shape[1]
-        width = next((size for size in _STREAM_WIDTHS if width <= size), -(-width // widest) * widest)
-        token_ids = tf.pad(token_ids, [[0, 0], [0, width - token_ids.shape[1]]])
+        if source is None:
+            token_ids = tf.pad(token_ids, [[0, 0], [0, _stream_width(token_ids.shape[1]) - token_ids.shape[1]]])
         start, advance = self._compiled
-        request, state = start(token_ids, *rest)
+        request, state = start(token_ids, *rest, source)
         before = np.zeros(state.lengths.shape, np.int32)
         for step in range(self.max_new_tokens):
             if step:
@@ -189,16 +238,8 @@ class Decoder:
         self, token_ids: Tensor, lengths: Tensor, seeds: Tensor | int | None, limits: Tensor | None
     ) -> tuple[Tensor, Tensor, Any, Tensor]:
         """The arguments as tensors of one shape: [B, P] with P >= 1, [B], [B] or (), [B]."""
-        token_ids = tf.cast(token_ids, tf.int32)
-        if token_ids.shape.rank != 2:
-            raise ValueError(f"token_ids has shape {token_ids.shape}: prompts must be one padded [B, P] tensor.")
-        if token_ids.shape[1] is None or token_ids.shape[1] < 1:
-            token_ids = tf.pad(token_ids, [[0, 0], [0, tf.maximum(0, 1 - tf.shape(token_ids)[1])]])
-        rows = [_static_or_dynamic(token_ids)[0]]
-        lengths = tf.broadcast_to(tf.cast(lengths, tf.int32), rows)
-        if limits is None:
-            limits = self.max_new_tokens
-        limits = tf.broadcast_to(tf.cast(limits, tf.int32), rows)
+        token_ids, lengths, limits = self._prompts(token_ids, lengths, limits)
+        rows = static_or_dynamic(lengths)
         if self.options.is_greedy:
             seeds = ()
         elif seeds is None:
@@ -207,18 +248,13 @@ class Decoder:
             seeds = tf.broadcast_to(tf.cast(seeds, tf.int64), rows)
         return token_ids, lengths, seeds, limits
 
-    def _start(self, token_ids: Tensor, lengths: Tensor, seeds: Any, limits: Tensor) -> tuple[_Request, _State]:
+    def _start(
+        self, token_ids: Tensor, lengths: Tensor, seeds: Any, limits: Tensor, source: Any
+    ) -> tuple[_Request, _State]:
         """Reads the prompts and chooses the first new token of each row."""
-        rows, width = _static_or_dynamic(token_ids)
-        token_ids = tf.where(tf.sequence_mask(lengths, width), token_ids, self.pad_token_id)
-        lengths = tf.clip_by_value(lengths, 1, width)
-        # The last new token is not read, so it needs no slot.
-        cache = self._init_cache(rows, width + self.max_new_tokens - 1)
-        logits, cache = self._step(token_ids, cache, tf.sequence_mask(lengths, width))
+        logits, history, lengths, cache = self._read(token_ids, lengths, source)
+        rows = static_or_dynamic(lengths)[0]
         request = _Request(lengths, seeds, limits)
-        history: Any = ()
-        if self.options.needs_history:
-            history = tf.pad(token_ids, [[0, 0], [0, self.max_new_tokens]])
         state = _State(
             num_steps=tf.constant(0),
             token=tf.fill([rows], self.pad_token_id),
@@ -260,32 +296,18 @@ class Decoder:
         state = state._replace(
             num_steps=index + 1,
             token=token,
-            token_ids=_write(state.token_ids, index, token),
+            token_ids=write_column(state.token_ids, index, token),
             lengths=state.lengths + tf.cast(is_new, tf.int32),
         )
         if self.with_log_probs:
             log_probs = tf.where(is_new, chosen_log_probs(logits, token), 0.0)
-            state = state._replace(log_probs=_write(state.log_probs, index, log_probs))
+            state = state._replace(log_probs=write_column(state.log_probs, index, log_probs))
         if self.options.needs_history:
             place = tf.expand_dims(request.prompt_lengths + index, -1)
-            state = state._replace(history=_write(state.history, place, token))
-        end_lengths = tf.where(is_new, self._end_lengths(state), state.end_lengths)
-        has_ended = (end_lengths > 0) | (state.lengths >= request.limits)
-        return state._replace(end_lengths=end_lengths, has_ended=has_ended)
-
-    def _end_lengths(self, state: _State) -> Tensor:
-        """[B] int32, how many of the last tokens of each row say that it ends here; 0 where it goes on."""
-        end_lengths = tf.zeros_like(state.token)
-        for eos_token_id in self.eos_token_ids:
-            end_lengths = tf.where(state.token == eos_token_id, 1, end_lengths)
-        may_stop = state.num_steps > self.options.min_new_tokens
-        for stop in self.options.stop_sequences:
-            places = state.num_steps - len(stop) + tf.range(len(stop))
-            tail = tf.gather(state.token_ids, tf.maximum(places, 0), axis=1)  # [B, len(stop)]
-            matches = tf.reduce_all(tail == tf.constant(stop, tf.int32), axis=-1)
-            matches &= may_stop & (state.num_steps >= len(stop))
-            end_lengths = tf.where(matches, tf.maximum(end_lengths, len(stop)), end_lengths)
-        return end_lengths
+            state = state._replace(history=write_column(state.history, place, token))
+        ends = end_lengths(state.token_ids, index + 1, self.options, self.eos_token_ids)
+        ends = tf.where(is_new, ends, state.end_lengths)
+        return state._replace(end_lengths=ends, has_ended=(ends > 0) | (state.lengths >= request.limits))
 
 
 def decode(
@@ -315,12 +337,18 @@ def decode(
     return decoder(token_ids, lengths, seeds=seeds, limits=limits)
 
 
-def _static_or_dynamic(tensor: Tensor) -> list[Any]:
+def _stream_width(width: int) -> int:
+    """What prompts of a stream are padded to."""
+    widest = _STREAM_WIDTHS[-1]
+    return next((size for size in _STREAM_WIDTHS if width <= size), -(-width // widest) * widest)
+
+
+def static_or_dynamic(tensor: Tensor) -> list[Any]:
     """The sizes of a tensor: Python integers where they are known, scalar tensors where not."""
     dynamic = tf.shape(tensor)
     return [dynamic[axis] if size is None else size for axis, size in enumerate(tensor.shape)]
 
 
-def _write(rows: Tensor, place: Tensor, values: Tensor) -> Tensor:
+def write_column(rows: Tensor, place: Tensor, values: Tensor) -> Tensor:
     """`rows` [B, S] with `values` [B] at `place`, a scalar or [B, 1]. A selection, which every runtime has."""
     return tf.where(tf.range(tf.shape(rows)[1]) == place, tf.expand_dims(values, -1), rows)

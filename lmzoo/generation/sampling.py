@@ -1,4 +1,4 @@
-"""From the logits of a step to the next token of each row: rules, filters, and a stateless draw. No state, no loop.
+"""From the scores of a step to the next token of each row: options, filters, and a stateless draw. No state, no loop.
 
 Every row is worked on by itself, and its randomness is a function of its own seed and of the number of the token
 alone. So a row gives the same tokens alone, inside a batch, and at any place in the batch.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -34,9 +34,10 @@ class SamplingOptions:
     `repetition_penalty` off, a penalty that is not above 0 is off too, and other values out of range act as the
     nearest one in range.
 
-    The steps run in the order of Hugging Face transformers: repetition penalty, n-gram blocking, suppressed tokens,
-    minimum length, temperature, top-k, top-p, min-p. Where the rules before the temperature leave a row no token at
-    all, they are dropped for that token of that row. Tokens that tie with the last one kept are kept too.
+    The steps run in the order of Hugging Face transformers: repetition penalty, n-gram blocking, bad words, suppressed
+    tokens, minimum length, the forced first token, temperature, top-k, top-p, min-p. Where the rules before the
+    temperature leave a row no token at all, they are dropped for that token of that row. Tokens that tie with the last
+    one kept are kept too.
 
     Raises:
         ValueError: a number is outside the range given for its field.
@@ -75,9 +76,18 @@ class SamplingOptions:
     suppressed_token_ids: tuple[int, ...] = ()
     """Token ids that are never given."""
 
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    """Runs of token ids that are never given whole. One may begin in the prompt."""
+
+    forced_bos_token_id: int | None = None
+    """The first new token of every row, such as the language to translate to."""
+
     def __post_init__(self) -> None:
-        stops = tuple(tuple(int(token) for token in stop) for stop in self.stop_sequences)
-        object.__setattr__(self, "stop_sequences", stops)
+        for name in ("stop_sequences", "bad_words_ids"):
+            runs = tuple(tuple(int(token) for token in run) for run in getattr(self, name))
+            object.__setattr__(self, name, runs)
+            if any(not run or min(run) < 0 for run in runs):
+                raise ValueError(f"{name}={runs}: each must hold one token id or more, all >= 0.")
         object.__setattr__(self, "suppressed_token_ids", tuple(int(token) for token in self.suppressed_token_ids))
         self._require("temperature", _is_finite_and(lambda value: value >= 0), "a finite number >= 0; 0 is greedy")
         self._require("top_k", _is_integer_from(1), "an integer >= 1, or None for off")
@@ -86,15 +96,14 @@ class SamplingOptions:
         self._require("repetition_penalty", _is_finite_and(lambda value: value > 0), "finite and > 0, or None for off")
         self._require("no_repeat_ngram_size", _is_integer_from(1), "an integer >= 1, or None for off")
         self._require("min_new_tokens", _is_integer_from(0), "an integer >= 0")
-        if any(not stop or min(stop) < 0 for stop in stops):
-            raise ValueError(f"stop_sequences={stops}: each must hold one token id or more, all >= 0.")
+        self._require("forced_bos_token_id", _is_integer_from(0), "a token id >= 0, or None for off")
         if any(token < 0 for token in self.suppressed_token_ids):
             raise ValueError(f"suppressed_token_ids={self.suppressed_token_ids}: token ids must be >= 0.")
 
     def _require(self, name: str, holds: Callable[[Any], bool], rule: str) -> None:
         value = getattr(self, name)
         may_be_off = value is None and getattr(type(self), name) is None
-        may_be_tensor = name not in ("no_repeat_ngram_size", "min_new_tokens")
+        may_be_tensor = name not in ("no_repeat_ngram_size", "min_new_tokens", "forced_bos_token_id")
         if may_be_off or (may_be_tensor and tf.is_tensor(value)):
             return
         if not holds(value):
@@ -108,55 +117,11 @@ class SamplingOptions:
     @property
     def needs_history(self) -> bool:
         """Whether a rule looks at the tokens read and given so far."""
-        return self.no_repeat_ngram_size is not None or _is_on(self.repetition_penalty, 1)
-
-
-def constrain(
-    logits: Tensor,
-    options: SamplingOptions,
-    *,
-    index: Tensor,
-    eos_token_ids: Iterable[int] = (),
-    history: Tensor | None = None,
-    history_lengths: Tensor | None = None,
-) -> Tensor:
-    """Applies the rules that come before the temperature: what was said, what must not be, and what must not be yet.
-
-    Shapes:
-        logits [B, V] float32, index int32 scalar, history [B, S] int32, history_lengths [B] int32 -> [B, V] float32.
-
-    Args:
-        logits: the model's scores of the next token.
-        options: the rules; those that are off add no operation.
-        index: number of new tokens that the rows have already.
-        eos_token_ids: the tokens that end a row, for `min_new_tokens`.
-        history: prompt and new tokens of each row, from the left; needed where `options.needs_history`.
-        history_lengths: how many entries of each row of `history` are tokens.
-    """
-    vocab_size = _vocab_size(logits)
-    if _is_on(options.repetition_penalty, 1):
-        penalty = _column(options.repetition_penalty)
-        if tf.is_tensor(options.repetition_penalty):
-            penalty = tf.where(penalty > 0, penalty, 1.0)
-        seen = _mark(history, _before(history, history_lengths), vocab_size)
-        penalized = tf.where(logits < 0, logits * penalty, logits / penalty)
-        logits = tf.where(seen, penalized, logits)
-
-    forbidden = []
-    if options.no_repeat_ngram_size is not None:
-        forbidden.append(_ngram_ends(history, history_lengths, options.no_repeat_ngram_size, vocab_size))
-    if options.suppressed_token_ids:
-        forbidden.append(_is_any(vocab_size, options.suppressed_token_ids))
-    eos_token_ids = tuple(eos_token_ids)
-    if options.min_new_tokens > 0 and eos_token_ids:
-        forbidden.append(_is_any(vocab_size, eos_token_ids) & (index < options.min_new_tokens))
-    if not forbidden:
-        return logits
-    allowed = ~forbidden[0]
-    for mask in forbidden[1:]:
-        allowed &= ~mask
-    allowed |= ~tf.reduce_any(allowed, axis=-1, keepdims=True)
-    return tf.where(allowed, logits, float("-inf"))
+        return (
+            self.no_repeat_ngram_size is not None
+            or is_on(self.repetition_penalty, 1)
+            or any(len(word) > 1 for word in self.bad_words_ids)
+        )
 
 
 def sample(logits: Tensor, options: SamplingOptions, *, seeds: Tensor | None = None, index: Tensor = 0) -> Tensor:
@@ -177,9 +142,9 @@ def sample(logits: Tensor, options: SamplingOptions, *, seeds: Tensor | None = N
     if options.is_greedy:
         return tf.argmax(logits, axis=-1, output_type=tf.int32)
     scores = filter_scores(logits, options)
-    noise = gumbel_noise(seeds, index, _vocab_size(logits))
+    noise = gumbel_noise(seeds, index, vocab_size_of(logits))
     if tf.is_tensor(options.temperature):
-        noise = tf.where(_column(options.temperature) > 0, noise, 0.0)
+        noise = tf.where(column(options.temperature) > 0, noise, 0.0)
     return tf.argmax(scores + noise, axis=-1, output_type=tf.int32)
 
 
@@ -195,7 +160,7 @@ def filter_scores(logits: Tensor, options: SamplingOptions) -> Tensor:
     scores = logits - tf.reduce_max(logits, axis=-1, keepdims=True)
     if tf.is_tensor(options.temperature):
         # Greedy rows keep their logits: any temperature leaves the most likely token where it is.
-        temperature = _column(options.temperature)
+        temperature = column(options.temperature)
         scores /= tf.where(temperature > 0, tf.clip_by_value(temperature, *_TEMPERATURE_RANGE), 1.0)
     elif options.temperature != 1:
         scores /= max(options.temperature, _TEMPERATURE_RANGE[0])
@@ -204,13 +169,13 @@ def filter_scores(logits: Tensor, options: SamplingOptions) -> Tensor:
     if options.top_k is not None:
         candidates, least = _top_k(scores, options.top_k)
         least_scores.append(least)
-        if _is_on(options.top_p, 1):
+        if is_on(options.top_p, 1):
             log_total = tf.reduce_logsumexp(candidates, axis=-1, keepdims=True)
-            least_scores.append(_nucleus(candidates, log_total, _column(options.top_p))[0])
-    elif _is_on(options.top_p, 1):
-        least_scores.append(_top_p(scores, _column(options.top_p)))
-    if _is_on(options.min_p, 0):
-        least_scores.append(tf.math.log(tf.clip_by_value(_column(options.min_p), 0.0, 1.0)))
+            least_scores.append(_nucleus(candidates, log_total, column(options.top_p))[0])
+    elif is_on(options.top_p, 1):
+        least_scores.append(_top_p(scores, column(options.top_p)))
+    if is_on(options.min_p, 0):
+        least_scores.append(tf.math.log(tf.clip_by_value(column(options.min_p), 0.0, 1.0)))
     for least in least_scores:
         scores = tf.where(scores >= least, scores, float("-inf"))
     return scores
@@ -269,58 +234,25 @@ def _is_integer_from(least: int) -> Callable[[Any], bool]:
     return lambda value: is_integer(value, least)
 
 
-def _is_on(value: Any, neutral: float) -> bool:
+def is_on(value: Any, neutral: float) -> bool:
+    """Whether an option changes anything, or may do so when its tensor comes."""
     return value is not None and (tf.is_tensor(value) or value != neutral)
 
 
-def _vocab_size(logits: Tensor) -> Any:
+def vocab_size_of(logits: Tensor) -> Any:
     """V as an integer where it is known when the graph is built, and as a scalar tensor otherwise."""
     return tf.shape(logits)[-1] if logits.shape[-1] is None else logits.shape[-1]
 
 
-def _column(value: Any) -> Tensor:
+def column(value: Any) -> Tensor:
     """A number, scalar or [B] tensor as something that broadcasts over [B, V]."""
     value = tf.cast(value, tf.float32)
     return tf.expand_dims(value, -1) if value.shape.rank else value
 
 
-def _before(history: Tensor, lengths: Tensor) -> Tensor:
-    """[B, S] bool, True for the first `lengths` entries of each row."""
-    return tf.range(tf.shape(history)[1]) < tf.expand_dims(lengths, -1)
-
-
-def _is_any(vocab_size: Any, token_ids: tuple[int, ...]) -> Tensor:
-    """[1, V] bool, True for the tokens named."""
-    named = tf.expand_dims(tf.range(vocab_size), -1) == tf.constant(token_ids, tf.int32)  # [V, tokens]
-    return tf.expand_dims(tf.reduce_any(named, axis=-1), 0)
-
-
-def _mark(token_ids: Tensor, mask: Tensor, vocab_size: Any) -> Tensor:
-    """[B, V] bool, True for the tokens of each row of `token_ids` [B, S] where `mask` [B, S] is True."""
-    mask &= (token_ids >= 0) & (token_ids < vocab_size)
-    shape = tf.shape(token_ids)
-    rows = tf.broadcast_to(tf.expand_dims(tf.range(shape[0]), -1), shape)  # [B, S]
-    places = tf.stack([rows, tf.where(mask, token_ids, 0)], axis=-1)  # [B, S, 2]
-    counts = tf.scatter_nd(places, tf.cast(mask, tf.int32), tf.stack([shape[0], vocab_size]))
-    return counts > 0
-
-
-def _ngram_ends(history: Tensor, lengths: Tensor, size: int, vocab_size: Any) -> Tensor:
-    """[B, V] bool, True for the tokens that would give an n-gram of `size` tokens a second time."""
-    num_starts = tf.maximum(tf.shape(history)[1] - (size - 1), 0)
-    # An n-gram may start where its last token is one that the row has: the row's tail does not match itself.
-    starts = tf.range(num_starts)  # [S - n + 1]
-    matches = starts + (size - 1) < tf.expand_dims(lengths, -1)  # [B, S - n + 1]
-    for offset in range(size - 1):
-        place = tf.maximum(lengths - (size - 1) + offset, 0)
-        tail = tf.gather(history, place, axis=1, batch_dims=1)  # [B]
-        matches &= tf.gather(history, starts + offset, axis=1) == tf.expand_dims(tail, -1)
-    return _mark(tf.gather(history, starts + (size - 1), axis=1), matches, vocab_size)
-
-
 def _top_k(scores: Tensor, top_k: Any) -> tuple[Tensor, Tensor]:
     """The k best scores of each row, best first [B, k] (-inf beyond a row's own k), and the least of them [B, 1]."""
-    vocab_size = _vocab_size(scores)
+    vocab_size = vocab_size_of(scores)
     if not tf.is_tensor(top_k):
         candidates = tf.math.top_k(scores, tf.minimum(int(top_k), vocab_size)).values
         return candidates, candidates[:, -1:]
@@ -351,7 +283,7 @@ def _nucleus(candidates: Tensor, log_total: Tensor, top_p: Tensor) -> tuple[Tens
 
 def _top_p(scores: Tensor, top_p: Tensor) -> Tensor:
     """The least score of each row's nucleus among all tokens [B, 1]."""
-    vocab_size = _vocab_size(scores)
+    vocab_size = vocab_size_of(scores)
     log_total = tf.reduce_logsumexp(scores, axis=-1, keepdims=True)
     candidates = tf.math.top_k(scores, tf.minimum(_NUCLEUS_CANDIDATES, vocab_size)).values
     least, is_whole = _nucleus(candidates, log_total, top_p)

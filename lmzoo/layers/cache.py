@@ -65,6 +65,11 @@ class KeyValueCache(NamedTuple):
         """Moves on by the `num_tokens` slots just written."""
         return self._replace(next_slot=self.next_slot + num_tokens)
 
+    def take(self, rows: Tensor) -> Self:
+        """The cache whose row i is this one's row `rows[i]`, [R] int32: in another order, or repeated."""
+        keys, values = (tuple(ops.take(each, rows, axis=0) for each in group) for group in (self.keys, self.values))
+        return self._replace(keys=keys, values=values, mask=ops.take(self.mask, rows, axis=0))
+
 
 def write_slots(slots: Tensor, updates: Tensor, start: Tensor, axis: int) -> Tensor:
     """`slots` with `updates` in place of the entries from `start` on, along `axis`.

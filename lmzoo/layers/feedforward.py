@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import keras
@@ -34,11 +35,16 @@ class FeedForward(keras.layers.Layer):
     Args:
         feedforward_dim: F, width between the projections.
         activation: name of a Keras activation, "gelu_tanh", or a callable.
+        gated: whether the activated projection is multiplied with a second one, which has no activation.
+        use_bias: whether the projections have biases.
+        dropout_rate: probability of dropping a number between the projections in training.
+        output_dtype: that the second projection is computed in, and returned; None is the compute dtype.
         kernel_initializer: of the first projection.
         output_initializer: of the second projection.
 
     Reference:
-        Vaswani et al. 2017, "Attention Is All You Need", section 3.3.
+        Vaswani et al. 2017, "Attention Is All You Need", section 3.3; Shazeer 2020, "GLU Variants Improve Transformer",
+        section 2 (gated). Both projections of the gated form come from one matrix [D, 2 F], the activated one first.
     """
 
     def __init__(
@@ -46,6 +52,10 @@ class FeedForward(keras.layers.Layer):
         feedforward_dim: int,
         *,
         activation: Any = "gelu",
+        gated: bool = False,
+        use_bias: bool = True,
+        dropout_rate: float = 0.0,
+        output_dtype: Any = None,
         kernel_initializer: Any = "glorot_uniform",
         output_initializer: Any = "glorot_uniform",
         **kwargs: Any,
@@ -53,23 +63,44 @@ class FeedForward(keras.layers.Layer):
         super().__init__(**kwargs)
         self.feedforward_dim = feedforward_dim
         self.activation = activation_function(activation)
+        self.gated = gated
+        self.use_bias = use_bias
+        self.dropout_rate = dropout_rate
+        self.output_dtype = output_dtype
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.output_initializer = keras.initializers.get(output_initializer)
+        self.dropout = keras.layers.Dropout(dropout_rate, dtype=self.dtype_policy) if dropout_rate else None
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Creates the weights for inputs [..., D]."""
-        self.up = keras.layers.Dense(
-            self.feedforward_dim, kernel_initializer=self.kernel_initializer, dtype=self.dtype_policy, name="up"
+        dense = functools.partial(keras.layers.Dense, use_bias=self.use_bias)
+        self.up = dense(
+            self.feedforward_dim * (1 + self.gated),
+            kernel_initializer=self.kernel_initializer,
+            dtype=self.dtype_policy,
+            name="up",
         )
-        self.down = keras.layers.Dense(
-            input_shape[-1], kernel_initializer=self.output_initializer, dtype=self.dtype_policy, name="down"
+        self.down = dense(
+            input_shape[-1],
+            kernel_initializer=self.output_initializer,
+            dtype=self.dtype_policy,
+            autocast=self.output_dtype is None,
+            name="down",
         )
         self.up.build(input_shape)
         self.down.build((*input_shape[:-1], self.feedforward_dim))
 
     def call(self, inputs: Tensor) -> Tensor:
         """Projects up, activates, projects down."""
-        return self.down(self.activation(self.up(inputs)))
+        inner = self.up(inputs)
+        if self.gated:
+            activated, linear = ops.split(inner, 2, axis=-1)
+            inner = self.activation(activated) * linear
+        else:
+            inner = self.activation(inner)
+        if self.dropout is not None:
+            inner = self.dropout(inner)
+        return self.down(inner if self.output_dtype is None else ops.cast(inner, self.output_dtype))
 
     def get_config(self) -> dict[str, Any]:
         """Arguments of the constructor."""
@@ -77,6 +108,10 @@ class FeedForward(keras.layers.Layer):
             **super().get_config(),
             "feedforward_dim": self.feedforward_dim,
             "activation": keras.activations.serialize(self.activation),
+            "gated": self.gated,
+            "use_bias": self.use_bias,
+            "dropout_rate": self.dropout_rate,
+            "output_dtype": self.output_dtype,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "output_initializer": keras.initializers.serialize(self.output_initializer),
         }

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from lmzoo import checkpoints
 from lmzoo.config import ModelConfig
 from lmzoo.engine.metrics import GlobalMean, Perplexity
 from lmzoo.engine.model import ReplicatedModel
 from lmzoo.engine.optimizers import make_optimizer
-from lmzoo.engine.recompute import recomputed
+from lmzoo.engine.recompute import check_remat, recomputed
+from lmzoo.engine.strategy import compiles_by_default
 from lmzoo.layers import token_cross_entropy
+from lmzoo.models.describe import readme
+from lmzoo.models.heads import TaskHeads
 
 Tensor = Any
 
@@ -38,24 +41,34 @@ class LanguageModel(ReplicatedModel):
         checkpoint_ignored: regular expression of the names that a checkpoint may hold beside the model's.
         checkpoint_tied: name that a checkpoint may hold beside the model's, or in place of it -> the one it must equal.
 
+        task_heads: what stands on the model in a fine-tuning task, and is called there.
+        tokenizer_kind: of the tokenizer that is trained for a new model.
+
     Args:
         config: shape of the model.
+        output_head: whether to make the weights of the heads that pretraining alone needs. Without them the model is an
+            encoder: it has features, and no logits.
         dtype: a Keras dtype or policy: "float32", "mixed_bfloat16", "mixed_float16", or "bfloat16" for inference.
     """
 
     config_class: ClassVar[type[ModelConfig]]
+    blocks: list[keras.layers.Layer]
     checkpoint_prefix: ClassVar[str] = ""
     checkpoint_heads: ClassVar[tuple[str, ...]] = ()
     checkpoint_transposed: ClassVar[bool] = False
     checkpoint_optional: ClassVar[str | None] = None
     checkpoint_ignored: ClassVar[str | None] = None
     checkpoint_tied: ClassVar[Mapping[str, str]] = {}
+    task_heads: ClassVar[TaskHeads]
+    tokenizer_kind: ClassVar[str] = "bpe"
 
-    def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
+    def __init__(self, config: ModelConfig, *, output_head: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.config = config
+        self.output_head = output_head
+        self.card: checkpoints.ModelCard | None = None
+        self.remat: str | None = None
         self._label_smoothing = self._z_loss = 0.0
-        self._remat: str | None = None
 
     # -- What an architecture implements.
 
@@ -79,6 +92,11 @@ class LanguageModel(ReplicatedModel):
         has one name for all of them: "attention.{query,key,value}.bias".
         """
 
+    @classmethod
+    def pretraining_objectives(cls, config: Any) -> tuple[str, ...]:
+        """What a model of this shape can learn from text, its own objective first: "causal", "mlm" and so on."""
+        raise NotImplementedError(f"{cls.__name__} does not say what it learns from text.")
+
     # -- Making one.
 
     @classmethod
@@ -96,11 +114,14 @@ class LanguageModel(ReplicatedModel):
         return cls(cls.config_class.preset(name, **overrides), dtype=dtype)
 
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str], *, dtype: Any = None, **overrides: Any) -> Self:
+    def from_pretrained(
+        cls, directory: str | os.PathLike[str], *, output_head: bool = True, dtype: Any = None, **overrides: Any
+    ) -> Self:
         """A model with the weights of a checkpoint in the Hugging Face layout.
 
         Args:
             directory: holds config.json and model.safetensors, or shards with their index.
+            output_head: as in the constructor.
             dtype: as in the constructor; weights are cast to its variable dtype.
             overrides: config fields to replace that change no shape, such as a dropout rate.
 
@@ -109,8 +130,8 @@ class LanguageModel(ReplicatedModel):
                 are not those of the model; all that do not fit are named.
         """
         with checkpoints.unchanged(directory):
-            config = cls._config_from(checkpoints.read_config(directory), directory).replace(**overrides)
-            model = cls(config, dtype=dtype)
+            config = cls.read_config(directory).replace(**overrides)
+            model = cls(config, output_head=output_head, dtype=dtype)
             model.load_pretrained_weights(directory)
         return model
 
@@ -122,26 +143,44 @@ class LanguageModel(ReplicatedModel):
         Raises:
             CheckpointError: as `from_pretrained`; no weight has been changed then.
         """
-        self._load_tensors(checkpoints.read_tensors(directory))
+        self.load_tensors(checkpoints.read_tensors(directory))
 
-    def _load_tensors(self, files: checkpoints.TensorFiles) -> None:
-        variables = self.checkpoint_entries()
+    def load_tensors(
+        self,
+        files: checkpoints.TensorFiles,
+        more: Mapping[checkpoints.Entry, keras.Variable] | None = None,
+        lacking: str | None = None,
+    ) -> None:
+        """Loads the weights of an opened checkpoint into this model, and into what stands on it.
+
+        Args:
+            files: the checkpoint.
+            more: variables of a head of its own, by how the checkpoint stores them.
+            lacking: regular expression of names in `more` that the checkpoint is known to lack; what it holds under
+                such names is another head's, and is left alone.
+        """
+        variables = {**self.checkpoint_entries(), **(more or {})}
         shapes = {
-            name: shape for entry, variable in variables.items() for name, shape in entry.shapes(variable.shape).items()
+            name: shape
+            for entry, variable in variables.items()
+            for name, shape in entry.shapes(variable.shape).items()
+            if not (lacking and re.fullmatch(lacking, name))
         }
+        heads = () if self.output_head else (f"{re.escape(head)}.*" for head in self.checkpoint_heads)
+        ignored = "|".join(pattern for pattern in (self.checkpoint_ignored, lacking, *heads) if pattern)
         readers = checkpoints.match_tensors(
             files,
             shapes,
             prefix=self.checkpoint_prefix,
-            ignored=self.checkpoint_ignored,
+            ignored=ignored or None,
             tied=self.checkpoint_tied,
             optional=self.checkpoint_optional,
         )
-        lacking = [name for name in shapes if name not in readers]
-        if lacking:
+        absent = [name for entry in variables for name in entry.names if name not in readers]
+        if absent:
             warnings.warn(
-                f"{files.directory} has no {', '.join(lacking)}: these weights of {type(self).__name__} stay as they "
-                "are, which is random in a new model.",
+                f"{files.directory} has no {', '.join(absent)}: these weights stay as they are, which is random in a "
+                "new model.",
                 stacklevel=4,
             )
         for entry, variable in variables.items():
@@ -154,6 +193,11 @@ class LanguageModel(ReplicatedModel):
             checkpoints.Entry.of(name, transposed=self.checkpoint_transposed and variable.name == "kernel"): variable
             for name, variable in self.checkpoint_variables().items()
         }
+
+    @classmethod
+    def read_config(cls, directory: str | os.PathLike[str]) -> Any:
+        """The config of a checkpoint; see `from_pretrained`."""
+        return cls._config_from(checkpoints.read_config(directory), directory)
 
     @classmethod
     def _config_from(cls, values: Mapping[str, Any], directory: Any) -> Any:
@@ -171,21 +215,50 @@ class LanguageModel(ReplicatedModel):
     def save_pretrained(self, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> None:
         """Writes the weights and the config in the Hugging Face layout; `from_pretrained` reads them back.
 
-        An older checkpoint in the same directory stays readable until this one is complete.
+        An older checkpoint in the same directory stays readable until this one is complete. README.md is the model's
+        card: what `card` says, and what the model knows itself.
         """
+        contents = self.checkpoint_contents()
+        inner, text = self.inner_checkpoints(), readme(self, contents[0])
+        checkpoints.write_checkpoint(directory, *contents, max_shard_bytes=max_shard_bytes, inner=inner, readme=text)
+
+    def inner_checkpoints(self) -> dict[str, checkpoints.Contents]:
+        """Checkpoints of further models that are saved with this one: directory inside its own -> contents."""
+        return {}
+
+    def checkpoint_contents(self) -> tuple[dict[str, Any], dict[str, Callable[[], np.ndarray]]]:
+        """Content of config.json, and name -> function that gives the tensor, as `save_pretrained` writes them."""
         config = {**self.config.to_hugging_face(), "dtype": self.variable_dtype}
-        tensors = {
-            ("" if name.startswith(self.checkpoint_heads) else self.checkpoint_prefix) + name: functools.partial(
-                _stored_piece, entry, name, variable
-            )
-            for entry, variable in self.checkpoint_entries().items()
-            for name in entry.names
+        if not self.output_head:
+            config["architectures"] = [f"{self.task_heads.classes}Model"]
+        bare = self.checkpoint_heads if self.output_head else ()
+        return config, {
+            ("" if name.startswith(bare) else self.checkpoint_prefix) + name: read
+            for name, read in stored_tensors(self.checkpoint_entries()).items()
         }
-        checkpoints.write_checkpoint(directory, config, tensors, max_shard_bytes=max_shard_bytes)
+
+    def without_head(self, **changes: Any) -> Self:
+        """This model as an encoder alone: itself if it is one, else a copy of its weights without the output head.
+
+        Args:
+            changes: config fields to replace, such as whether there is a pooler; weights that the copy has and this
+                model has not are random, with a warning.
+        """
+        config = self.config.replace(**changes)
+        if not self.output_head and config == self.config:
+            return self
+        twin = type(self)(config, output_head=False, dtype=self.dtype_policy, name=self.name)
+        own, variables = self.checkpoint_variables(), twin.checkpoint_variables()
+        for name in variables.keys() & own.keys():
+            variables[name].assign(own[name])
+        absent = [name for name in variables if name not in own]
+        if absent:
+            warnings.warn(f"{type(self).__name__} has no {', '.join(absent)}: these weights are random.", stacklevel=4)
+        return twin
 
     def get_config(self) -> dict[str, Any]:
         """Arguments of the constructor, as `.keras` files hold them."""
-        return {**super().get_config(), "config": self.config.to_dict()}
+        return {**super().get_config(), "config": self.config.to_dict(), "output_head": self.output_head}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
@@ -231,20 +304,19 @@ class LanguageModel(ReplicatedModel):
             raise ValueError(f"label_smoothing is {label_smoothing!r}, but must lie in [0, 1).")
         if z_loss < 0.0:
             raise ValueError(f"z_loss is {z_loss!r}, but must be 0 or more.")
-        if remat not in (None, "block"):
-            raise ValueError(f'remat is {remat!r}, but must be "block" or None.')
-        self._label_smoothing, self._z_loss, self._remat = label_smoothing, z_loss, remat
+        check_remat(remat)
+        self._label_smoothing, self._z_loss, self.remat = label_smoothing, z_loss, remat
         if optimizer is None:
             with self.distribute_strategy.scope():
                 optimizer = make_optimizer("adamw", 3e-4, beta_2=0.95)
         if jit_compile == "auto":
-            jit_compile = bool(tf.config.list_physical_devices("GPU"))
+            jit_compile = compiles_by_default()
         super().compile(optimizer=optimizer, loss=loss, jit_compile=jit_compile, **kwargs)
 
     def get_compile_config(self) -> dict[str, Any]:
         """Arguments of `compile`, as `.keras` files hold them."""
         config = super().get_compile_config()
-        own = {"label_smoothing": self._label_smoothing, "z_loss": self._z_loss, "remat": self._remat}
+        own = {"label_smoothing": self._label_smoothing, "z_loss": self._z_loss, "remat": self.remat}
         return {**config, **own} if config else config
 
     def sum_metrics(self) -> dict[str, GlobalMean | Sequence[GlobalMean]]:
@@ -289,7 +361,7 @@ class LanguageModel(ReplicatedModel):
 
         All that has a gradient is in `tensors`, which may hold None.
         """
-        run = functools.partial(recomputed, block) if training and self._remat else block
+        run = functools.partial(recomputed, block) if training and self.remat else block
         return run(*tensors, training=training, **more)
 
 
@@ -309,5 +381,14 @@ def weight_and_bias(name: str, layer: keras.layers.Layer) -> dict[str, keras.Var
     return {f"{name}.weight": layer.kernel, f"{name}.bias": layer.bias}
 
 
-def _stored_piece(entry: checkpoints.Entry, name: str, variable: keras.Variable) -> np.ndarray:
-    return entry.piece(name, keras.ops.convert_to_numpy(variable))
+def stored_tensors(entries: Mapping[checkpoints.Entry, keras.Variable]) -> dict[str, Callable[[], np.ndarray]]:
+    """Name in a checkpoint (without prefix) -> function that gives the tensor as it is stored."""
+
+    def read(entry: checkpoints.Entry, name: str, variable: keras.Variable) -> np.ndarray:
+        return entry.piece(name, keras.ops.convert_to_numpy(variable))
+
+    return {
+        name: functools.partial(read, entry, name, variable)
+        for entry, variable in entries.items()
+        for name in entry.names
+    }

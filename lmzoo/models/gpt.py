@@ -25,6 +25,7 @@ from lmzoo.layers import (
 from lmzoo.layers.positions import token_positions
 from lmzoo.models.base import token_weights, weight_and_bias
 from lmzoo.models.causal import CausalLM
+from lmzoo.models.heads import HeadDropout, TaskHeads
 from lmzoo.models.transformer import TransformerConfig
 
 Tensor = Any
@@ -207,10 +208,18 @@ class GPTModel(CausalLM):
 
     config_class = GPTConfig
     config: GPTConfig
+    task_heads = TaskHeads(
+        classes="GPT2",
+        pools="last",
+        output="score",
+        use_bias=False,
+        dropout=HeadDropout(name=None, rate=0.0),
+        token_dropout=HeadDropout(),
+    )
     checkpoint_prefix = "transformer."
     checkpoint_tied: ClassVar[Mapping[str, str]] = {"lm_head.weight": "wte.weight"}
-    # The causal masks that old checkpoints carry.
-    checkpoint_ignored = r"h\.\d+\.attn\.(masked_)?bias"
+    # The causal masks that old checkpoints carry, and heads of fine-tuning tasks.
+    checkpoint_ignored = r"h\.\d+\.attn\.(masked_)?bias|(score|classifier|qa_outputs)\..*"
 
     def __init__(self, config: GPTConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)

@@ -1,9 +1,12 @@
-"""Recipes: pretraining and evaluation, from text to a checkpoint and its numbers."""
+"""Recipes: pretraining, fine-tuning and evaluation, from text to a checkpoint and its numbers."""
 
 from lmzoo.training.checking import check_pretraining as check_pretraining
 from lmzoo.training.corpora import make_tokenizer as make_tokenizer
 from lmzoo.training.evaluation import evaluate as evaluate
+from lmzoo.training.finetune_settings import FinetuneConfig as FinetuneConfig
+from lmzoo.training.finetuning import finetune as finetune
 from lmzoo.training.planning import PlanConfig as PlanConfig
 from lmzoo.training.planning import plan as plan
 from lmzoo.training.pretraining import pretrain as pretrain
 from lmzoo.training.settings import PretrainConfig as PretrainConfig
+from lmzoo.training.task_evaluation import evaluate_task as evaluate_task

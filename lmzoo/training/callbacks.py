@@ -20,14 +20,16 @@ class MetricsLog(keras.callbacks.Callback):
     """Appends a record to `metrics.jsonl` and to TensorBoard every so many steps.
 
     A training record holds step, loss (mean since the record before), learning_rate, gradient_norm (of the last step,
-    before clipping), tokens, tokens_per_second, mfu (share of the measured peak; None if that is unknown) and seconds
-    of training in this process. Evaluation and checkpoints do not count as training time.
+    before clipping), tokens, tokens_per_second, real_tokens_per_second (without padding; if that is known), mfu (share
+    of the measured peak; None if that is unknown) and seconds of training in this process. Evaluation and checkpoints
+    do not count as training time.
 
     Args:
         directory: of the run; None writes nothing (on all workers but one).
         every: steps between two records, >= 1.
-        tokens_per_step: in a global batch.
-        flops_per_token: of a training step.
+        tokens_at: gives the tokens of the first so many steps, of all devices.
+        real_tokens_at: the same without padding.
+        flops_at: gives the floating-point operations of the first so many steps; None if they are unknown.
         peak_flops: floating-point operations a second that the devices reach together, or None.
         check: is given step and loss of each record, and may raise.
     """
@@ -39,16 +41,18 @@ class MetricsLog(keras.callbacks.Callback):
         directory: Path | None,
         *,
         every: int,
-        tokens_per_step: int,
-        flops_per_token: float,
-        peak_flops: float | None,
+        tokens_at: Callable[[int], float],
+        real_tokens_at: Callable[[int], float] | None = None,
+        flops_at: Callable[[int], float] | None = None,
+        peak_flops: float | None = None,
         check: Callable[[int, float], None],
     ) -> None:
         super().__init__()
         self.path = None if directory is None else directory / "metrics.jsonl"
         self.every = every
-        self.tokens_per_step = tokens_per_step
-        self.flops_per_token = flops_per_token
+        self.tokens_at = tokens_at
+        self.real_tokens_at = real_tokens_at
+        self.flops_at = flops_at
         self.peak_flops = peak_flops
         self.check = check
         self.seconds = self._new_seconds = 0.0
@@ -88,22 +92,27 @@ class MetricsLog(keras.callbacks.Callback):
     def _record(self, logs: dict[str, Any]) -> None:
         loss = self.model.take_recent_loss()
         now = time.perf_counter()
-        seconds, steps = self._new_seconds + now - self._since, self.step - self._recorded_step
+        seconds = self._new_seconds + now - self._since
         self.seconds += seconds
-        speed = steps * self.tokens_per_step / seconds
-        mfu = speed * self.flops_per_token / self.peak_flops if self.peak_flops else None
-        self.write(
-            {
-                "step": self.step,
-                "loss": loss,
-                "learning_rate": _number(self.model.optimizer.learning_rate),
-                "gradient_norm": _number(logs.get("gradient_norm", math.nan)),
-                "tokens": self.step * self.tokens_per_step,
-                "tokens_per_second": round(speed, 1),
-                "mfu": None if mfu is None else round(mfu, 4),
-                "seconds": round(self.seconds, 3),
-            }
-        )
+
+        def speed(count: Callable[[int], float]) -> float:
+            return (count(self.step) - count(self._recorded_step)) / seconds
+
+        record: dict[str, float | None] = {
+            "step": self.step,
+            "loss": loss,
+            "learning_rate": _number(self.model.optimizer.learning_rate),
+            "gradient_norm": _number(logs.get("gradient_norm", math.nan)),
+            "tokens": int(self.tokens_at(self.step)),
+            "tokens_per_second": round(speed(self.tokens_at), 1),
+        }
+        if self.real_tokens_at is not None:
+            record["real_tokens_per_second"] = round(speed(self.real_tokens_at), 1)
+        record["mfu"] = None
+        if self.flops_at is not None and self.peak_flops:
+            record["mfu"] = round(speed(self.flops_at) / self.peak_flops, 4)
+        record["seconds"] = round(self.seconds, 3)
+        self.write(record)
         self._since, self._new_seconds, self._recorded_step = now, 0.0, self.step
         self.check(self.step, loss)
 

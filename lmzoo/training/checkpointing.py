@@ -20,6 +20,7 @@ import numpy as np
 import safetensors.numpy
 import tensorflow as tf
 
+from lmzoo.checkpoints.card import README
 from lmzoo.engine.averaging import averaged_weights, swap_averages
 from lmzoo.files import point, write_whole
 from lmzoo.models import LanguageModel
@@ -39,13 +40,13 @@ class Progress:
 
     Args:
         step: optimizer steps done.
-        next_example: index of the first example that has not been trained on.
+        next_example: index of the first example that has not been trained on, of those of its phase.
         replicas: how many devices took part in the newest of these steps.
         validation_loss: mean loss at this step, None if it has not been evaluated.
         best_step: step with the lowest validation loss so far, None if none was evaluated.
-        best_loss: that loss.
+        best_loss: that loss, or what the best was chosen by in place of it; lower is better.
         recent_losses: training losses of the newest records, oldest first.
-        skipped_examples: what was left out on purpose, as (first index, index after the last).
+        skipped_examples: what was left out on purpose, as (first index, index after the last) of its phase.
     """
 
     step: int = 0
@@ -63,10 +64,11 @@ class Progress:
         skipped = tuple((first, end) for first, end in values.get("skipped_examples", ()))
         return cls(**{**values, "recent_losses": tuple(values.get("recent_losses", ())), "skipped_examples": skipped})
 
-    def evaluated(self, loss: float) -> Progress:
-        """The same with the validation loss of this step."""
-        if self.best_loss is None or loss < self.best_loss:
-            return dataclasses.replace(self, validation_loss=loss, best_step=self.step, best_loss=loss)
+    def evaluated(self, loss: float, rank: float | None = None) -> Progress:
+        """The same with the validation loss of this step, or with a `rank` by which the best is chosen instead."""
+        rank = loss if rank is None else rank
+        if self.best_loss is None or rank < self.best_loss:
+            return dataclasses.replace(self, validation_loss=loss, best_step=self.step, best_loss=rank)
         return dataclasses.replace(self, validation_loss=loss)
 
 
@@ -257,7 +259,7 @@ def _digests(directory: Path) -> dict[str, str]:
     return {
         str(path.relative_to(directory)): _digest(path)
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != _PROGRESS
+        if path.is_file() and path.name not in (_PROGRESS, README)  # What the card tells of may be measured later.
     }
 
 

@@ -14,10 +14,17 @@ import tensorflow as tf
 
 from lmzoo.checkpoints import find_checkpoint
 from lmzoo.data.corpus import Corpus
-from lmzoo.data.objectives import Causal
+from lmzoo.data.labelled import LabelledBatches
+from lmzoo.data.masking import TokenFacts, Unit
+from lmzoo.data.objectives import Causal, Objective
+from lmzoo.data.packing import Method
 from lmzoo.data.pipeline import Batches
 from lmzoo.data.tokenizers import Tokenizer
-from lmzoo.models import CausalLM, LanguageModel, load_pretrained
+from lmzoo.models import LanguageModel, load_pretrained
+from lmzoo.training.objectives import choose_objective, make_objective
+
+# The order of rows and the masks of every evaluation.
+_SEED = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +32,15 @@ class Evaluation:
     """What a model scores on a corpus.
 
     Args:
-        loss: mean cross-entropy, nats a token.
+        loss: mean cross-entropy, nats a token that is predicted: of masked LM, a hidden one.
         perplexity: exp(loss).
-        accuracy: share of tokens whose label has the highest logit.
+        accuracy: share of these tokens whose label has the highest logit.
         bits_per_byte: what coding the text with the model would cost, in bits for each byte of UTF-8. It does not
             depend on the tokenizer. The first token of each document, which nothing predicts, counts as log2(V) bits.
-            None if only a part of the corpus was evaluated.
+            None if only a part of the corpus was evaluated, and for masked LM, which codes no text.
         num_tokens: tokens predicted.
+        total_loss: of all that is learnt together, by which the best checkpoint is chosen.
+        other: scores of what is learnt beside tokens, by name: `next_sentence_loss`, `next_sentence_accuracy`.
     """
 
     loss: float
@@ -39,9 +48,19 @@ class Evaluation:
     accuracy: float
     bits_per_byte: float | None
     num_tokens: int
+    total_loss: float
+    other: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def as_record(self) -> dict[str, float | None]:
+        """All scores by name."""
+        values = dataclasses.asdict(self)
+        other = values.pop("other")
+        return {**values, **other}
 
 
-def share_out(batches: Batches, strategy: tf.distribute.Strategy, on_made: Callable[[int], None] | None = None) -> Any:
+def share_out(
+    batches: Batches | LabelledBatches, strategy: tf.distribute.Strategy, on_made: Callable[[int], None] | None = None
+) -> Any:
     """The batches as a dataset for a strategy: on several devices, each machine makes its own part of every batch.
 
     Args:
@@ -65,35 +84,49 @@ def evaluate_model(
         max_batches: stop after so many; None takes all.
         verbose: of Keras's progress bar.
     """
-    corpus = batches.corpus
     total = batches.num_batches
     if total is None:
         raise ValueError("the batches never end: give Batches epochs=1 to evaluate on them.")
     steps = total if max_batches is None else min(max_batches, total)
     dataset = share_out(batches, model.distribute_strategy)
     logs = model.evaluate(dataset, steps=steps, return_dict=True, verbose=verbose)
-    loss = float(logs["loss"])
-    unpredicted = corpus.num_documents if batches.objective.separate_documents else 1
-    num_tokens = corpus.num_tokens - unpredicted
-    bits_per_byte = None
-    if steps == total:
+    total_loss = float(logs.pop("loss"))
+    loss = float(logs.pop("masked_lm_loss", total_loss))
+    accuracy = float(logs.pop("accuracy"))
+    logs.pop("perplexity", None)
+    num_tokens, bits_per_byte = None, None
+    if steps == total and isinstance(batches.objective, Causal):
+        corpus = batches.corpus
+        unpredicted = corpus.num_documents if batches.objective.separate_documents else 1
+        num_tokens = corpus.num_tokens - unpredicted
         bits = (num_tokens * loss + unpredicted * math.log(model.config.vocab_size)) / math.log(2)
         bits_per_byte = bits / corpus.num_bytes
-    else:
+    if num_tokens is None:
         num_tokens = int(sum(batches.batch_at(step)[2].sum() for step in range(steps)))
     return Evaluation(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
-        accuracy=float(logs["accuracy"]),
+        accuracy=accuracy,
         bits_per_byte=bits_per_byte,
         num_tokens=num_tokens,
+        total_loss=total_loss,
+        other={name: float(value) for name, value in logs.items()},
     )
+
+
+def held_out_batches(corpus: Corpus, objective: Objective, **rows: Any) -> Batches:
+    """One pass over a corpus, with the same masks at every evaluation; `rows` are arguments of `Batches`."""
+    return Batches(corpus, objective, seed=_SEED, shuffle=False, epochs=1, **rows)
 
 
 def evaluate(
     model: str | os.PathLike[str],
     corpus: str | os.PathLike[str],
     *,
+    objective: str = "auto",
+    mask_rate: float = 0.15,
+    mask_unit: Unit = "token",
+    packing: Method | None = None,
     seq_length: int | None = None,
     batch_size: int = 16,
     separate_documents: bool = True,
@@ -106,6 +139,9 @@ def evaluate(
     Args:
         model: directory of a checkpoint with its tokenizer, or of a run (its best checkpoint is taken).
         corpus: directory written by `lmzoo prepare` (its validation part is taken), or one part of it.
+        objective: what is scored: "causal", "mlm", "mlm+nsp", "mlm+sop"; "auto" is the architecture's own. The masks of
+            masked LM are the same each time.
+        mask_rate, mask_unit, packing: as in `PretrainConfig`.
         seq_length: tokens a row; None is the model's context length.
         batch_size: rows a batch.
         separate_documents: whether attention keeps to a document, as in training by default.
@@ -119,17 +155,23 @@ def evaluate(
     directory = find_checkpoint(model)
     corpus = Path(corpus)
     part = corpus / "validation" if (corpus / "validation").is_dir() else corpus
-    opened = Corpus.open(part, Tokenizer.from_pretrained(directory))
+    tokenizer = Tokenizer.from_pretrained(directory)
+    opened = Corpus.open(part, tokenizer)
     loaded = load_pretrained(directory, dtype=dtype)
-    if not isinstance(loaded, CausalLM):
-        raise ValueError(f"{directory} holds a {type(loaded).__name__}, but this evaluation is of causal LMs.")
+    name = choose_objective(objective, type(loaded), loaded.config)
+    chosen = make_objective(
+        name,
+        None if name == "causal" else TokenFacts.of(tokenizer),
+        mask_rate=mask_rate,
+        mask_unit=mask_unit,
+        separate_documents=separate_documents,
+    )
     loaded.compile()
-    batches = Batches(
+    batches = held_out_batches(
         opened,
-        Causal(separate_documents=separate_documents),
+        chosen,
         seq_length=seq_length or loaded.config.context_length,
         batch_size=batch_size,
-        shuffle=False,
-        epochs=1,
+        packing=packing,
     )
     return evaluate_model(loaded, batches, max_batches=max_batches, verbose=verbose)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from lmzoo.config import ModelConfig, closest
 from lmzoo.engine.strategy import BatchPlan
 from lmzoo.models import find_preset
+from lmzoo.training.building import with_vocab_size
 from lmzoo.training.memory import (
     COMPUTE_BYTES,
     Memory,
@@ -58,6 +59,10 @@ class PlanConfig:
     """In training."""
     seq_length: int | None = None
     """Tokens a row; by default the context length of the preset."""
+    long_seq_length: int | None = None
+    """Tokens a row in a second phase of a run, which is then what memory is reckoned for; by default there is none."""
+    long_share: float = 0.1
+    """Share of the steps that are of the second phase."""
     optimizer: Literal["adamw", "adafactor", "lamb", "lion", "muon"] = "adamw"
     """How gradients become updates."""
     dtype: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "mixed_bfloat16"
@@ -86,7 +91,7 @@ class PlanConfig:
     """Tokens to train on; by default 20 a parameter."""
 
     def __post_init__(self) -> None:
-        for name in ("devices", "batch_tokens", "seq_length", "micro_batch"):
+        for name in ("devices", "batch_tokens", "seq_length", "long_seq_length", "micro_batch"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"PlanConfig.{name} is {value!r}, but must be an integer of 1 or more.")
@@ -94,6 +99,13 @@ class PlanConfig:
             value = getattr(self, name)
             if value is not None and not 0.0 < value < math.inf:
                 raise ValueError(f"PlanConfig.{name} is {value!r}, but must be a number above 0.")
+        if not 0.0 < self.long_share < 1.0:
+            raise ValueError(f"PlanConfig.long_share is {self.long_share!r}, but must lie in (0, 1).")
+        if self.long_seq_length is not None and not 0 < (self.seq_length or 0) < self.long_seq_length:
+            raise ValueError(
+                f"PlanConfig.long_seq_length is {self.long_seq_length}, but seq_length is {self.seq_length}: give a "
+                "shorter one for the first phase."
+            )
         if not 0.0 < self.mfu <= 1.0:
             raise ValueError(f"PlanConfig.mfu is {self.mfu!r}, but must lie in (0, 1].")
         if self.strategy == "one" and self.devices > 1:
@@ -138,8 +150,17 @@ class Plan:
 
     @property
     def seq_length(self) -> int:
-        """Tokens a row."""
+        """Tokens a row, in the second phase if there are two."""
         return self.shape.context_length
+
+    @property
+    def first_batch(self) -> int:
+        """Rows of a global batch in the first phase: so many that it has about as many tokens as in the second."""
+        if self.config.long_seq_length is None or self.config.seq_length is None:
+            return self.batch.global_batch
+        parts = self.batch.replicas * self.batch.micro_batches
+        rows = self.batch.global_batch * self.config.long_seq_length / self.config.seq_length
+        return round(rows / parts) * parts
 
     @property
     def seconds(self) -> float:
@@ -154,11 +175,14 @@ class Plan:
             if getattr(config, name) is not None:
                 words += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
         if config.seq_length is not None:
-            words += ["--context-length", str(config.seq_length)]
+            words += ["--context-length", str(self.seq_length)]
+        if config.long_seq_length is not None:
+            words += ["--seq-length", str(config.seq_length), "--long-seq-length", str(config.long_seq_length)]
+            words += ["--long-share", str(config.long_share), "--long-batch-size", str(self.batch.global_batch)]
         if config.dropout_rate:
             words += ["--dropout-rate", str(config.dropout_rate)]
         words += ["--strategy", config.strategy, "--dtype", config.dtype, "--optimizer", config.optimizer]
-        words += ["--batch-size", str(self.batch.global_batch), "--micro-batches", str(self.batch.micro_batches)]
+        words += ["--batch-size", str(self.first_batch), "--micro-batches", str(self.batch.micro_batches)]
         words += ["--steps", str(self.steps), *(["--remat", "block"] if self.remat else [])]
         return shlex.join(words)
 
@@ -166,9 +190,12 @@ class Plan:
         config, memory, variables = self.config, self.memory, self.variables
         available = parse_bytes(config.memory)
         step_tokens = self.batch.global_batch * self.seq_length
+        rows_of = f"rows of {self.seq_length:,} tokens"
+        if config.long_seq_length is not None:
+            rows_of += f" in {config.long_share:.0%} of the steps, of {config.seq_length:,} before"
         without, with_remat = (_bytes(each) for each in self.activations_of_a_row)
         rows = [
-            ("model", f"{config.preset}, {variables.parameters:,} parameters, rows of {self.seq_length:,} tokens"),
+            ("model", f"{config.preset}, {variables.parameters:,} parameters, {rows_of}"),
             ("weights", _bytes(variables.weights)),
             ("gradients", _bytes(4 * variables.parameters)),
             ("optimizer", f"{_bytes(variables.optimizer_state)} ({config.optimizer})"),
@@ -218,11 +245,9 @@ def plan(config: PlanConfig | None = None, **fields: Any) -> Plan:
     config = dataclasses.replace(config, **fields) if config is not None else PlanConfig(**fields)
     model_class, shape = find_preset(config.preset)
     given = {name: getattr(config, name) for name in _SHAPE if getattr(config, name) is not None}
-    if "vocab_size" in given:
-        given |= {"eos_token_id": None, "pad_token_id": None}  # Of the preset's own vocabulary.
-    shape = shape.replace(
-        dropout_rate=config.dropout_rate, context_length=config.seq_length or shape.context_length, **given
-    )
+    longest = config.long_seq_length or config.seq_length or shape.context_length
+    shape = with_vocab_size(shape, given.pop("vocab_size", shape.vocab_size))
+    shape = shape.replace(dropout_rate=config.dropout_rate, context_length=longest, **given)
     variables = count_variables(model_class, shape, optimizer=config.optimizer, dtype=config.dtype)
     seq_length = shape.context_length
 
@@ -255,6 +280,8 @@ def plan(config: PlanConfig | None = None, **fields: Any) -> Plan:
             f"Try {_advice(config, remat)}."
         )
     flops = shape.training_flops_per_token(seq_length)
+    if config.long_seq_length is not None and config.seq_length is not None:
+        flops += (1 - config.long_share) * (shape.training_flops_per_token(config.seq_length) - flops)
     tokens = config.tokens or float(_CHINCHILLA * variables.parameters)
     peak = config.peak_flops or PEAK_FLOPS[config.accelerator]
     # Recomputing repeats the forward pass, one of three parts.

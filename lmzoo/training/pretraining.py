@@ -9,24 +9,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import keras
 import tensorflow as tf
 
-from lmzoo.config import ModelConfig
-from lmzoo.data.corpus import Corpus
-from lmzoo.data.objectives import Causal
+from lmzoo.checkpoints import read_config
+from lmzoo.checkpoints.card import README
+from lmzoo.data.masking import TokenFacts
 from lmzoo.data.pipeline import Batches
 from lmzoo.data.tokenizers import Tokenizer
 from lmzoo.engine.averaging import averaged_weights, swap_averages
-from lmzoo.engine.optimizers import make_optimizer
-from lmzoo.engine.schedules import make_schedule
 from lmzoo.engine.strategy import BatchPlan, is_chief, make_strategy, num_workers, wait_for_all
-from lmzoo.models import CausalLM, LanguageModel, find_preset
+from lmzoo.files import write_whole
+from lmzoo.models import LanguageModel, find_preset
+from lmzoo.models.describe import readme
+from lmzoo.training.building import given_shape, make_model
 from lmzoo.training.callbacks import MetricsLog, measure_peak_flops
 from lmzoo.training.checkpointing import CheckpointStore, Progress
-from lmzoo.training.corpora import make_corpora, open_corpora
-from lmzoo.training.evaluation import Evaluation, evaluate_model, share_out
+from lmzoo.training.corpora import make_corpora, open_corpora, unigram_entropy
+from lmzoo.training.evaluation import Evaluation, evaluate_model, held_out_batches, share_out
 from lmzoo.training.guards import LossGuard, LossSpikeError, StallWatch, StopOnTermination, Termination
+from lmzoo.training.objectives import choose_objective, make_objective
+from lmzoo.training.phases import Phase, add_up, make_phases
+from lmzoo.training.pretrain_card import make_card
 from lmzoo.training.settings import PretrainConfig, is_known, write_settings
 
 _MOST_TURNS = 10
@@ -41,6 +44,8 @@ class PretrainResult:
         checkpoint: the best one by validation loss, in the Hugging Face layout with its tokenizer.
         steps: optimizer steps done, earlier processes included.
         validation: scores of the last weights on all of the validation part.
+        unigram_entropy: loss there of a model that knows nothing but the frequencies of the tokens in training, in nats
+            a token.
         model: the model after the last step.
         tokenizer: its tokenizer.
     """
@@ -49,6 +54,7 @@ class PretrainResult:
     checkpoint: Path
     steps: int
     validation: Evaluation
+    unigram_entropy: float
     model: LanguageModel
     tokenizer: Tokenizer
 
@@ -92,44 +98,90 @@ class _Run:
         self.config, self.termination, self.tell = config, termination, say
         self.strategy = make_strategy(config.strategy, resolver=config.resolver, virtual_cpus=config.virtual_cpus)
         termination.listen()
+        self.replicas = self.strategy.num_replicas_in_sync
         self.is_chief = is_chief(self.strategy)
         self.say = say if self.is_chief else lambda line: None
-        self.plan = BatchPlan.of_global(config.batch_size, self.strategy, config.micro_batches)
         self.directory = Path(config.directory)
         self.store = CheckpointStore(self.directory, keep=config.keep)
-        model_class, shape = find_causal_preset(config.preset)
+        model_class, shape = find_preset(config.preset)
+        self.shape = shape.replace(**given_shape(config))
+        objective = choose_objective(config.objective, model_class, self.shape)
+        self.phases = make_phases(config, self.shape.context_length, self.replicas * config.micro_batches)
+        self.plans = [
+            BatchPlan.of_global(phase.batch_size, self.strategy, config.micro_batches) for phase in self.phases
+        ]
+        masked = objective != "causal"
         if self.is_chief:
             known = is_known(config, has_checkpoints=bool(self.store.steps()), say=self.say)
-            make_corpora(config, shape, known, self.say)
+            kind, size = model_class.tokenizer_kind, shape.vocab_size
+            make_corpora(config, kind, size, masked=masked, known=known, say=self.say)
             write_settings(config)  # After the data: settings that are written down are those it was made with.
         wait_for_all(self.strategy)
-        self.tokenizer, self.training, self.validation = open_corpora(config)
+        self.tokenizer, training, validation = open_corpora(config)
         self.store.extras = self.tokenizer.save_pretrained
-        self.shape = shape.replace(
+        facts = TokenFacts.of(self.tokenizer) if masked else None
+        self.objective = make_objective(
+            objective,
+            facts,
+            mask_rate=config.mask_rate,
+            mask_unit=config.mask_unit,
+            separate_documents=config.separate_documents,
+        )
+        self.training = {
+            phase: Batches(
+                training,
+                self.objective,
+                seq_length=phase.seq_length,
+                batch_size=phase.batch_size,
+                packing=config.packing,
+                seed=self._seed(phase),
+            )
+            for phase in self.phases
+        }
+        last = self.phases[-1]
+        self.held_out = held_out_batches(
+            validation,
+            self.objective,
+            seq_length=last.seq_length,
+            batch_size=last.batch_size,
+            packing=config.packing,
+        )
+        excluded = facts.special_token_ids if facts else ()
+        self.unigram_entropy = unigram_entropy(training, validation, excluded)
+        self.shape = self.shape.replace(
             vocab_size=self.tokenizer.vocab_size,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
-            **given_shape(config),
         )
         with self.strategy.scope():
             self.model = make_model(config, model_class, self.shape)
-        self.progress = self.store.restore(self.model) or Progress(replicas=self.plan.replicas)
+        self.model.card = make_card(config)
+        self.progress = self.store.restore(self.model) or Progress(replicas=self.replicas)
         self.turns: collections.Counter[int] = collections.Counter()
+        self._trained_phase: Phase | None = None
         self.guard = LossGuard(
             max_skipped=min(config.max_skipped, config.steps),
             spike_factor=config.spike_factor,
             losses=self.progress.recent_losses,
         )
-        peak = measure_peak_flops("bfloat16" if config.dtype == "mixed_bfloat16" else "float32")
-        self.log = MetricsLog(
+        self.log = self._make_log()
+        self.log.go_back_to(self.progress.step, evaluated=self.progress.validation_loss is not None)
+
+    def _make_log(self) -> MetricsLog:
+        shape, phases = self.shape, self.phases
+        real = {phase: batches.real_share for phase, batches in self.training.items()}
+        peak = measure_peak_flops("bfloat16" if self.config.dtype == "mixed_bfloat16" else "float32")
+        return MetricsLog(
             self.directory if self.is_chief else None,
-            every=config.log_every,
-            tokens_per_step=config.batch_size * self.shape.context_length,
-            flops_per_token=self.shape.training_flops_per_token(self.shape.context_length),
-            peak_flops=peak * self.plan.replicas,
+            every=self.config.log_every,
+            tokens_at=lambda step: add_up(phases, step, lambda phase: phase.step_tokens),
+            real_tokens_at=lambda step: add_up(phases, step, lambda phase: phase.step_tokens * real[phase]),
+            flops_at=lambda step: add_up(
+                phases, step, lambda phase: phase.step_tokens * shape.training_flops_per_token(phase.seq_length)
+            ),
+            peak_flops=peak * self.replicas,
             check=self._check_record,
         )
-        self.log.go_back_to(self.progress.step, evaluated=self.progress.validation_loss is not None)
 
     def finish(self) -> PretrainResult:
         """Trains, evaluates and writes checkpoints until all steps are done."""
@@ -146,33 +198,46 @@ class _Run:
         self.log.close()
         wait_for_all(self.strategy)
         swap_averages(self.model.optimizer)
-        scores = scores or evaluate_model(self.model, self._batches(self.validation, shuffle=False, epochs=1))
+        scores = scores or evaluate_model(self.model, self.held_out)
         best = self.store.path(self.progress.best_step or self.progress.step)
+        bits = "" if scores.bits_per_byte is None else f", {scores.bits_per_byte:.3f} bits per byte"
         self.say(
-            f"validation loss {scores.loss:.4f} nats a token, {scores.bits_per_byte:.3f} bits per byte after step "
-            f"{self.progress.step}; best checkpoint: {best}"
+            f"validation loss {scores.loss:.4f} nats a token (unigram entropy {self.unigram_entropy:.4f}){bits} after "
+            f"step {self.progress.step}; best checkpoint: {best}"
         )
-        return PretrainResult(self.directory, best, self.progress.step, scores, self.model, self.tokenizer)
+        return PretrainResult(
+            self.directory, best, self.progress.step, scores, self.unigram_entropy, self.model, self.tokenizer
+        )
 
     def _introduce(self) -> None:
         """Says what is going to happen."""
         config, model, progress = self.config, self.model, self.progress
         workers = num_workers(self.strategy)
         self.say(
-            f"{type(model).__name__} {config.preset}: {model.count_params():,} parameters, {config.dtype}, {self.plan}"
-            + (f", on {workers} workers" if workers > 1 else "")
+            f"{type(model).__name__} {config.preset}: {model.count_params():,} parameters, {config.dtype}, "
+            f"{self.plans[0]}" + (f", on {workers} workers" if workers > 1 else "")
         )
-        passes = config.steps * config.batch_size * self.shape.context_length / self.training.num_tokens
+        training, validation = self.training[self.phases[0]].corpus, self.held_out.corpus
+        passes = sum(
+            (phase.stop - phase.start) * phase.batch_size / batches.rows_per_epoch
+            for phase, batches in self.training.items()
+        )
         self.say(
-            f"{self.training.num_tokens:,} tokens of {self.training.num_documents:,} documents to train on, "
-            f"{self.validation.num_tokens:,} of {self.validation.num_documents:,} held out; {passes:.1f} passes in "
+            f"{training.num_tokens:,} tokens of {training.num_documents:,} documents to train on, "
+            f"{validation.num_tokens:,} of {validation.num_documents:,} held out; {passes:.1f} passes in "
             f"{config.steps} steps"
+        )
+        for phase, batches in self.training.items():
+            self.say(f"{phase}, {batches.real_share:.0%} of them no padding")
+        self.say(
+            f"unigram entropy {self.unigram_entropy:.4f} nats a token: the loss on the held-out text of the token "
+            "frequencies in training"
         )
         if progress.step:
             self.say(f"going on after step {progress.step}, from {self.store.path(progress.step)}")
-        if progress.replicas != self.plan.replicas:
+        if progress.replicas != self.replicas:
             self.say(
-                f"the run was on {progress.replicas} replicas and is now on {self.plan.replicas}: the examples of each "
+                f"the run was on {progress.replicas} replicas and is now on {self.replicas}: the examples of each "
                 "step stay the same, sums are added up in another order"
             )
         self._look_for_room()
@@ -187,29 +252,32 @@ class _Run:
             )
 
     def _next_stop(self) -> int:
-        """The step after which the next checkpoint is written."""
+        """The step after which the next checkpoint is written; the last step of a phase is one."""
+        step = self.progress.step
         every = (self.config.evaluate_every, self.config.checkpoint_every or self.config.evaluate_every)
-        return min(self.config.steps, *((self.progress.step // each + 1) * each for each in every))
+        return min(self._phase(step).stop, *((step // each + 1) * each for each in every))
 
-    def _batches(self, corpus: Corpus, **limits: Any) -> Batches:
-        return Batches(
-            corpus,
-            Causal(separate_documents=self.config.separate_documents),
-            seq_length=self.shape.context_length,
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
-            **limits,
-        )
+    def _phase(self, step: int) -> Phase:
+        """The phase that the step after so many belongs to."""
+        return next((phase for phase in self.phases if step < phase.stop), self.phases[-1])
+
+    def _seed(self, phase: Phase) -> int:
+        """Of the order of a phase's rows, and of their masks: another one in each phase."""
+        return self.config.seed + phase.number
 
     def _train(self) -> None:
         """Trains up to the next checkpoint and writes it, unless the loss jumps on the way."""
         config, before, stop = self.config, self.progress, self._next_stop()
-        part = self._batches(self.training, start_index=before.next_example, num_examples=self._example_at(stop))
+        phase = self._phase(before.step)
+        part = self.training[phase].between(before.next_example, self._example_at(stop))
+        if self._trained_phase != phase:  # A new function: that of before would be traced for rows of any length.
+            self.model.make_train_function(force=True)
+            self._trained_phase = phase
         watch = StallWatch(
             config.stall_seconds,
             self.tell,
             lambda number: self._examples(before.step + number + 1, before.step + number + 1),
-            parts=self.plan.replicas // num_workers(self.strategy),
+            parts=self.replicas // num_workers(self.strategy),
         )
         stopper = StopOnTermination(self.termination)
         skipped = self.model.skipped_steps
@@ -237,8 +305,8 @@ class _Run:
             self.progress = dataclasses.replace(
                 before,
                 step=step,
-                next_example=self._example_at(step),
-                replicas=self.plan.replicas,
+                next_example=self._example_at(step) if step < phase.stop else 0,
+                replicas=self.replicas,
                 validation_loss=None,
                 recent_losses=tuple(self.guard.losses),
             )
@@ -254,22 +322,25 @@ class _Run:
         """Scores the weights on the held-out part, and adds the loss to their checkpoint."""
         step = self.progress.step
         limit = None if step == self.config.steps else self.config.evaluation_batches
-        held_out = self._batches(self.validation, shuffle=False, epochs=1)
         with averaged_weights(self.model.optimizer):
-            scores = evaluate_model(self.model, held_out, max_batches=limit)
-        if not math.isfinite(scores.loss):
+            scores = evaluate_model(self.model, self.held_out, max_batches=limit)
+        if not math.isfinite(scores.total_loss):
             if self.is_chief:
                 self.store.discard(step)
             raise FloatingPointError(
-                f"the validation loss is {scores.loss} at step {step}; {self._last_good()}. Try a lower learning rate, "
-                "or a longer warm-up."
+                f"the validation loss is {scores.total_loss} at step {step}; {self._last_good()}. Try a lower learning "
+                "rate, or a longer warm-up."
             )
-        values = {f"validation_{name}": value for name, value in dataclasses.asdict(scores).items()}
-        self.log.write({"step": step, **values})
+        values = {f"validation_{name}": value for name, value in scores.as_record().items()}
+        self.log.write({"step": step, **values, "unigram_entropy": self.unigram_entropy})
         self.say(f"step {step}: validation loss {scores.loss:.4f}, perplexity {scores.perplexity:.2f}")
-        self.progress = self.progress.evaluated(scores.loss)
+        self.progress = self.progress.evaluated(scores.total_loss)
         if self.is_chief:
             self.store.save_evaluation(self.progress)
+            self.model.card = make_card(self.config, scores, self.unigram_entropy)
+            checkpoint = self.store.path(step)
+            write_whole(checkpoint / README, readme(self.model, read_config(checkpoint)))
+            self.model.card = make_card(self.config)
         return scores
 
     def _go_back(self, spike: LossSpikeError) -> None:
@@ -280,6 +351,8 @@ class _Run:
             why = f"{_MOST_TURNS} times since step {before.step}" if before.step else "before the first checkpoint"
             raise FloatingPointError(f"{spike}, {why}; {self._last_good()}. Try a lower learning rate.")
         restored = self.store.restore(self.model) or before
+        if self._phase(restored.step) != self._phase(before.step):  # The newest checkpoint was damaged.
+            reached = restored.next_example
         skipped = (restored.next_example, reached)
         self.progress = dataclasses.replace(
             restored, next_example=reached, skipped_examples=(*restored.skipped_examples, skipped)
@@ -294,66 +367,14 @@ class _Run:
         )
 
     def _example_at(self, step: int) -> int:
-        """Index of the first example after a step of this part of the run."""
-        return self.progress.next_example + (step - self.progress.step) * self.config.batch_size
+        """Index, in the present phase, of the first example after a step of this part of the run."""
+        before = self.progress
+        return before.next_example + (step - before.step) * self._phase(before.step).batch_size
 
     def _examples(self, first: int, last: int) -> str:
         begin, end = self._example_at(first - 1), self._example_at(last)
-        return f"examples {begin} to {end - 1} of the order of seed {self.config.seed}"
+        return f"examples {begin} to {end - 1} of the order of seed {self._seed(self._phase(self.progress.step))}"
 
     def _last_good(self) -> str:
         steps = self.store.steps()
         return f"the last good checkpoint is {self.store.path(steps[-1]) if steps else 'none'}"
-
-
-def find_causal_preset(name: str) -> tuple[type[CausalLM], ModelConfig]:
-    """As `find_preset`, for what this recipe can train.
-
-    Raises:
-        ValueError: there is no such preset, or it is of a model that reads in both directions.
-    """
-    model_class, shape = find_preset(name)
-    if not issubclass(model_class, CausalLM):
-        raise ValueError(f"{name} is a {model_class.__name__}, but this recipe trains causal LMs: take a GPT's preset.")
-    return model_class, shape
-
-
-def given_shape(config: PretrainConfig) -> dict[str, Any]:
-    """Fields of the model's config that the settings replace."""
-    names = ("context_length", "num_layers", "num_heads", "model_dim", "dropout_rate")
-    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-
-
-def make_model(config: PretrainConfig, model_class: type[LanguageModel], shape: ModelConfig) -> LanguageModel:
-    """The model to train, compiled, with the variables of its optimizer; made under the scope of its strategy."""
-    keras.utils.set_random_seed(config.seed)
-    model = model_class(shape, dtype=config.dtype)
-    model.compile(
-        _optimizer(config),
-        micro_batches=config.micro_batches,
-        label_smoothing=config.label_smoothing,
-        z_loss=config.z_loss,
-        jit_compile=config.jit_compile,
-        remat=config.remat,
-        steps_per_execution=config.steps_per_execution,
-    )
-    model.optimizer.build(model.trainable_variables)
-    # Each call of `fit` would end by writing the averages over the weights, from which the next one goes on.
-    model.optimizer.finalize_variable_values = lambda variables: None
-    return model
-
-
-def _optimizer(config: PretrainConfig) -> keras.optimizers.Optimizer:
-    schedule = make_schedule(
-        config.schedule,
-        config.learning_rate,
-        total_steps=config.steps,
-        warmup_steps=min(config.warmup_steps, config.steps - 1),
-        final=config.final_learning_rate,
-    )
-    more: dict[str, Any] = {"beta_2": config.beta_2} if config.optimizer in ("adamw", "lamb") else {}
-    if config.ema_momentum is not None:
-        more |= {"use_ema": True, "ema_momentum": config.ema_momentum}
-    return make_optimizer(
-        config.optimizer, schedule, weight_decay=config.weight_decay, global_clipnorm=config.clip_norm, **more
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +12,14 @@ from lmzoo.files import write_whole
 
 _FILE = "pretrain.json"
 # What may change between a run and its continuation, and changes nothing of what is learnt unless something goes wrong.
-_FREE = (
+FREE_SETTINGS = (
     *("directory", "resolver", "virtual_cpus", "log_every", "keep", "steps_per_execution", "verbose"),
     *("checkpoint_every", "max_skipped", "spike_factor", "stall_seconds"),
 )
 # What may change too, but changes the order in which numbers are added up: said, and no more.
 _ROUNDING = ("strategy", "micro_batches", "jit_compile", "remat")
+
+_MAY_BE_NONE = ("checkpoint_every", "seq_length", "long_seq_length", "long_batch_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,8 +32,9 @@ class PretrainConfig:
     """Text: files, globs, *.jsonl, *.parquet, tfds:NAME, or pydoc (the help and docstrings of Python itself)."""
     corpus: Path | None = None
     """Directory written by `lmzoo prepare`, instead of a source."""
-    tokenizer: str = "bpe"
-    """Kind to train on the source (bpe, wordpiece, unigram or char), or a directory or file to load."""
+    tokenizer: str = "auto"
+    """Kind to train on the source (bpe, wordpiece, unigram or char), or a directory or file to load; auto trains the
+    kind that is usual for the architecture."""
     validation_fraction: float = 0.05
     """Share of the documents that is held out."""
 
@@ -40,7 +43,7 @@ class PretrainConfig:
     vocab_size: int | None = None
     """Size of a tokenizer that is trained; by default that of the preset."""
     context_length: int | None = None
-    """Positions of the model, and tokens a row; by default those of the preset."""
+    """Positions of the model; by default those of the preset."""
     num_layers: int | None = None
     """Instead of the preset's."""
     num_heads: int | None = None
@@ -50,6 +53,24 @@ class PretrainConfig:
     dropout_rate: float = 0.0
     """In training; 0 suits a text that is read only a few times."""
 
+    objective: Literal["auto", "causal", "mlm", "mlm+nsp", "mlm+sop"] = "auto"
+    """What is learnt: the next token, or hidden ones (masked LM), alone or with next-sentence or sentence-order
+    prediction; auto is the architecture's own, mlm for encoders."""
+    mask_rate: float = 0.15
+    """Share of the tokens that masked LM hides."""
+    mask_unit: Literal["token", "word", "span"] = "token"
+    """What is hidden at a time: tokens, whole words, or spans of 1 to 10 words."""
+    packing: Literal["stream", "pad", "best-fit"] | None = None
+    """How documents become rows: one after the other, one a row, or as many whole ones as a row holds; by default
+    stream for causal LMs, best-fit for masked LM, and pad for pairs of sentences."""
+    seq_length: int | None = None
+    """Tokens a row; by default as many as the model has positions."""
+    long_seq_length: int | None = None
+    """Tokens a row in a second phase, such as 512 after 128; by default there is none."""
+    long_share: float = 0.1
+    """Share of the steps that are of the second phase, the last ones."""
+    long_batch_size: int | None = None
+    """Rows of a global batch in the second phase; by default so many that it has about as many tokens as before."""
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 16
@@ -122,6 +143,9 @@ class PretrainConfig:
             "steps",
             "batch_size",
             "micro_batches",
+            "seq_length",
+            "long_seq_length",
+            "long_batch_size",
             "steps_per_execution",
             "evaluate_every",
             "checkpoint_every",
@@ -130,12 +154,13 @@ class PretrainConfig:
             "keep",
         ):
             value = getattr(self, name)
-            if (value is not None or name != "checkpoint_every") and (not isinstance(value, int) or value < 1):
+            if (value is not None or name not in _MAY_BE_NONE) and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"PretrainConfig.{name} is {value!r}, but must be an integer of 1 or more.")
-        if not 0.0 < self.validation_fraction < 1.0:
-            raise ValueError(
-                f"PretrainConfig.validation_fraction is {self.validation_fraction}, but must lie in (0, 1)."
-            )
+        for name in ("validation_fraction", "long_share"):
+            if not 0.0 < getattr(self, name) < 1.0:
+                raise ValueError(f"PretrainConfig.{name} is {getattr(self, name)}, but must lie in (0, 1).")
+        if not 0.0 < self.mask_rate <= 1.0:
+            raise ValueError(f"PretrainConfig.mask_rate is {self.mask_rate}, but must lie in (0, 1].")
         if self.ema_momentum is not None and not 0.0 < self.ema_momentum < 1.0:
             raise ValueError(f"PretrainConfig.ema_momentum is {self.ema_momentum}, but must lie in (0, 1).")
         if self.spike_factor is not None and self.spike_factor <= 1.0:
@@ -146,14 +171,28 @@ class PretrainConfig:
             raise ValueError("PretrainConfig.source is empty: name a text, or a prepared corpus.")
 
 
-def is_known(config: PretrainConfig, *, has_checkpoints: bool, say: Callable[[str], None]) -> bool:
+def is_known(
+    config: Any,
+    *,
+    has_checkpoints: bool,
+    say: Callable[[str], None],
+    file: str = _FILE,
+    free: Sequence[str] = FREE_SETTINGS,
+) -> bool:
     """Whether what lies in the run's directory was made with these settings.
+
+    Args:
+        config: the settings of a recipe, with a `directory`.
+        has_checkpoints: whether there are checkpoints of the run.
+        say: told what may change and has changed.
+        file: that the settings are kept in.
+        free: settings that may change without a word.
 
     Raises:
         ValueError: it was made with others, and there are checkpoints of them.
     """
     directory = Path(config.directory)
-    path = directory / _FILE
+    path = directory / file
     before: dict[str, Any] = {}
     if path.exists():
         try:
@@ -163,7 +202,7 @@ def is_known(config: PretrainConfig, *, has_checkpoints: bool, say: Callable[[st
     changed = {
         name: f"{name} was {before.get(name)!r} and is {value!r}"
         for name, value in _as_json(config).items()
-        if before.get(name) != value and name not in _FREE
+        if before.get(name) != value and name not in free
     }
     told = [changed.pop(name) for name in _ROUNDING if name in changed]
     if not changed:
@@ -178,13 +217,13 @@ def is_known(config: PretrainConfig, *, has_checkpoints: bool, say: Callable[[st
     return False
 
 
-def write_settings(config: PretrainConfig) -> None:
+def write_settings(config: Any, file: str = _FILE) -> None:
     """Writes the settings down in the run's directory."""
     directory = Path(config.directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_whole(directory / _FILE, json.dumps(_as_json(config), indent=2) + "\n")
+    write_whole(directory / file, json.dumps(_as_json(config), indent=2) + "\n")
 
 
-def _as_json(config: PretrainConfig) -> dict[str, Any]:
+def _as_json(config: Any) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return values

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from conftest import inputs_for
 
 from lmzoo import checkpoints
 from lmzoo.checkpoints import CheckpointError
@@ -39,8 +40,8 @@ def test_round_trip(model, tmp_path, max_shard_bytes):
     twin = type(model).from_pretrained(tmp_path)
     assert twin.config == model.config
     assert_same_weights(twin, model)
-    ids = np.arange(8, dtype="int32")[None]
-    np.testing.assert_array_equal(twin(ids), model(ids))
+    inputs = inputs_for(model, np.arange(8, dtype="int32")[None])
+    np.testing.assert_array_equal(twin(inputs), model(inputs))
 
 
 def test_every_weight_is_in_the_checkpoint(model):
@@ -138,9 +139,9 @@ def test_all_that_does_not_fit_is_named(model, tmp_path):
 
 def test_loading_into_a_model_that_does_not_fit_changes_nothing(make_model, model, tmp_path):
     model.save_pretrained(tmp_path)
-    other = make_model(seed=3, num_layers=1)
+    other = make_model(seed=3, vocab_size=60)
     before = weights_of(other)
-    with pytest.raises(CheckpointError, match="unknown: "):
+    with pytest.raises(CheckpointError, match="shape: "):
         other.load_pretrained_weights(tmp_path)
     for name, values in weights_of(other).items():
         np.testing.assert_array_equal(values, before[name])

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 import tokenizers
 from tokenizer_texts import CONTRACTIONS, TEXTS, WHITE_SPACE, generated_strings, gpt2_directory, training_text
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from lmzoo.data.graph_merges import MergeTable
 from lmzoo.data.tokenizers import Tokenizer
@@ -69,13 +69,20 @@ def altered(tokenizer: Tokenizer, **parts: object) -> Tokenizer:
 
 
 def assert_twins(tokenizer: Tokenizer, strings: list[bytes]) -> None:
-    """The graph gives the ids of the library, and decodes them to the same text."""
+    """The graph gives the ids and the offsets of the library, and decodes the ids to the same text."""
     texts = [string.decode("utf-8", errors="replace") for string in strings]
     expected = tokenizer.encode(texts)
-    ids = tokenizer.graph.encode(tf.constant(strings, tf.string, [len(strings)]))
+    tensor = tf.constant(strings, tf.string, [len(strings)])
+    ids = tokenizer.graph.encode(tensor)
     assert ids.dtype == tf.int32
     for text, row, expected_row in zip(texts, ids.to_list(), expected, strict=True):
         assert row == expected_row, f"{text!a}: {row} in the graph, {expected_row} in the library"
+    same_ids, offsets = tokenizer.graph.encode_with_offsets(tensor)
+    assert offsets.dtype == tf.int32
+    assert same_ids.to_list() == expected
+    encodings = tokenizer._backend.encode_batch(texts, add_special_tokens=False)
+    for text, spans, encoding in zip(texts, offsets.to_list(), encodings, strict=True):
+        assert list(map(tuple, spans)) == encoding.offsets, f"{text!a}: {encoding.tokens}"
     decoded = [text.decode() for text in tokenizer.graph.decode(ids).numpy()]
     assert decoded == [tokenizer.decode(row) for row in expected]
 
@@ -151,6 +158,92 @@ def test_empty_batches_and_empty_strings(bpe, char):
         ids = tokenizer.graph.encode(tf.constant(["", ""]))
         assert ids.to_list() == [[], []]
         assert tokenizer.graph.decode(ids).numpy().tolist() == [b"", b""]
+
+
+# ---- offsets and pairs
+
+
+@pytest.fixture(scope="module")
+def roberta() -> Tokenizer:
+    return Tokenizer.train(iter([training_text()]), kind="bpe", vocab_size=1000, masked=True)
+
+
+FRAMES = {
+    "roberta": lambda add: processors.RobertaProcessing(("</s>", 2), ("<s>", 0), True, add),
+    "untrimmed": lambda add: processors.RobertaProcessing(("</s>", 2), ("<s>", 0), False, add),
+    "gpt2": lambda add: processors.ByteLevel(trim_offsets=True, add_prefix_space=add),
+    "both": lambda add: processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=True, add_prefix_space=add),
+            processors.TemplateProcessing("<s>:0 $A:0", "<s>:0 $A:0 </s>:1 $B:1", [("<s>", 0), ("</s>", 2)]),
+        ]
+    ),
+    "none": lambda add: None,
+}
+
+
+def framed(tokenizer: Tokenizer, frame: str, add_prefix_space: bool) -> Tokenizer:
+    backend = altered(tokenizer, pre_tokenizer__add_prefix_space=add_prefix_space)._backend
+    if frame == "none":
+        return altered(Tokenizer(backend), post_processor=None)
+    backend.post_processor = FRAMES[frame](add_prefix_space)
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize("add_prefix_space", [False, True])
+@pytest.mark.parametrize("frame", ["roberta", "gpt2"])
+def test_offsets_are_trimmed_as_the_library_does(roberta, hard_strings, frame, add_prefix_space):
+    strings = [*hard_strings, b"a   b", b"  a", "\u3000\u3000é <mask>  <mask>".encode(), b" <mask>", b"    "]
+    assert_twins(framed(roberta, frame, add_prefix_space), strings)
+
+
+def test_a_token_of_a_part_of_a_character_has_all_of_it(bpe):
+    ids, offsets = bpe.graph.encode_with_offsets(["a\U0001f600b"])
+    assert offsets[0].numpy().tolist() == [[0, 1], *[[1, 2]] * 4, [2, 3]]
+    assert ids[0].shape == 6
+
+
+@pytest.mark.slow
+def test_roberta_equals_the_library_on_10_000_strings(roberta):
+    assert_twins(roberta, generated_strings(10_000))
+
+
+PAIRS = [("the  é" * first, " in,\n" * second) for first in range(0, 7, 2) for second in range(6)]
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_pairs_are_cut_and_framed_as_the_library_does(roberta, frame):
+    tokenizer = framed(roberta, frame, add_prefix_space=frame == "roberta")
+    library = tokenizers.Tokenizer.from_str(tokenizer._backend.to_str())
+    for max_length in (None, 4, 7, 8, 12, 100):
+        if max_length is not None:
+            library.enable_truncation(max_length, strategy="longest_first")
+        for single in (False, True):
+            first, second = map(list, zip(*PAIRS, strict=True))
+            expected = library.encode_batch(first if single else PAIRS)
+            texts = (first,) if single else (first, second)
+            eager = tokenizer.encode_pairs(*texts, max_length=max_length)
+            graph = tokenizer.graph.encode_pairs(*map(tf.constant, texts), max_length=max_length)
+            assert eager.token_ids == graph.token_ids.to_list() == [encoding.ids for encoding in expected]
+            assert eager.token_type_ids == graph.token_type_ids.to_list() == [e.type_ids for e in expected]
+            assert eager.offsets == [encoding.offsets for encoding in expected]
+            assert graph.offsets.to_list() == [list(map(list, encoding.offsets)) for encoding in expected]
+
+
+def test_frames_without_a_twin_are_named(roberta):
+    tokenizer = altered(roberta)
+    frame = FRAMES["roberta"](False)
+    tokenizer._backend.post_processor = processors.Sequence([frame, frame])
+    with pytest.raises(ValueError, match="its post-processor is RobertaProcessing and then RobertaProcessing"):
+        Tokenizer(tokenizer._backend).graph.encode_pairs(tf.constant(["a"]))
+
+
+def test_bytes_equal_the_library(hard_strings):
+    tokenizer = Tokenizer.train("", kind="byte", num_sentinels=3)
+    assert_twins(tokenizer, [*generated_strings(200), *hard_strings, b"a<extra_id_0> </s>"])
+    pairs = tokenizer.graph.encode_pairs(["aé"], ["b"])
+    assert pairs.token_ids.to_list() == [[100, 198, 172, 1, 101, 1]]
+    assert pairs.offsets.to_list() == [[[0, 1], [1, 2], [1, 2], [0, 0], [0, 1], [0, 0]]]
 
 
 # ---- variants of tokenizer.json
@@ -272,13 +365,6 @@ def test_added_tokens(bpe, char, hard_strings, kind, add_prefix_space):
     assert_twins(Tokenizer(backend), strings)
 
 
-@pytest.mark.parametrize("kind", ["unigram"])
-def test_kinds_without_a_twin_are_named(kind):
-    tokenizer = Tokenizer.train(iter([training_text()[:5000]]), kind=kind, vocab_size=300)
-    with pytest.raises(ValueError, match=f"(?i)no in-graph twin: its model is {kind}"):
-        _ = tokenizer.graph
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -328,7 +414,7 @@ def test_long_runs_take_few_steps(bpe, monkeypatch):
     table, steps = MergeTable(model["merges"], model["vocab"]), []
     pair_ranks = table._pair_ranks
     monkeypatch.setattr(table, "_pair_ranks", lambda *arguments: (steps.append(1), pair_ranks(*arguments))[1])
-    symbols, owner = table.apply(tf.zeros([5000], tf.int64), tf.zeros([5000], tf.int64))
+    symbols, owner, _ = table.apply(tf.zeros([5000], tf.int64), tf.zeros([5000], tf.int64))
     assert symbols.numpy().tolist() == backend.encode("a" * 5000).ids
     assert owner.shape == symbols.shape
     assert len(steps) <= 9

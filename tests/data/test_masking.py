@@ -208,7 +208,7 @@ def test_what_cannot_be_is_refused(corpus):
         TokenFacts(V, V, CLS, SEP, (), CONTINUES, CONTINUES)
     with pytest.raises(ValueError, match="continues_word: shape"):
         TokenFacts(V, MASK, CLS, SEP, (), CONTINUES[1:], CONTINUES)
-    with pytest.raises(ValueError, match="packing: 'stream'; for MaskedLM it must be 'pad' or 'best-fit'"):
+    with pytest.raises(ValueError, match="packing: 'stream'; for MaskedLM it must be 'best-fit' or 'pad'"):
         batches(corpus, MaskedLM(FACTS), packing="stream")
     with pytest.raises(ValueError, match="seq_length: 2; a row holds at least 3 tokens"):
         batches(corpus, MaskedLM(FACTS), seq_length=2)

@@ -142,3 +142,24 @@ def test_bad_settings_are_told():
         pack(np.array([3]), 0)
     with pytest.raises(ValueError, match="packing: 'tight'"):
         pack(np.array([3]), 4, "tight")
+
+
+@given(LENGTHS, st.lists(st.integers(1, 9), min_size=1, max_size=15), st.integers(0, 9))
+def test_costs(lengths, steps, more):
+    """Pieces as long as costs are known for; a row holds those that it has room for, and no wider row is needed."""
+    costs = np.concatenate([[0], np.sort(steps)])
+    seq_length = int(costs[-1]) + more
+    packing = pack(np.cumsum(lengths), seq_length, "best-fit", costs=costs)
+    expected = [(place, costs[length]) for place, length in cut(lengths, len(steps))]
+    layout, real = layout_by_token(packing, np.arange(packing.num_rows))
+    np.testing.assert_array_equal(np.sort(layout.places[real]), np.arange(sum(lengths)))
+    spent = []
+    for segments in layout.segment_ids:
+        spent.append(int(costs[np.bincount(segments)[1:]].sum()))
+    assert max(spent) <= seq_length
+    assert sorted(spent) == best_fit_decreasing(expected, seq_length)
+    alone = pack(np.cumsum(lengths), seq_length, "pad", costs=costs)
+    check_every_token_once(alone, lengths)
+    assert alone.num_rows == len(expected)
+    stream = pack(np.cumsum(lengths), seq_length, costs=costs)
+    assert (stream.seq_length, stream.num_rows) == (len(steps), -(-sum(lengths) // len(steps)))

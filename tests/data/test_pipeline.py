@@ -49,6 +49,21 @@ def test_permute_is_a_permutation(size, seed, epoch):
     np.testing.assert_array_equal(np.sort(mapped), everything)
 
 
+def test_a_part_of_a_run_is_that_of_the_whole(corpus):
+    whole = Batches(corpus, Causal(), seq_length=16, batch_size=4, seed=3, epochs=2)
+    part = whole.between(12, 22)
+    assert (part.num_batches, whole.start_index, whole.epochs) == (3, 0, 2)
+    assert_same(part.batch_at(0), Batches(corpus, Causal(), seq_length=16, batch_size=4, seed=3).batch_at(3))
+    assert (part.batch_at(2)[2][2:] == 0).all()
+
+
+@pytest.mark.parametrize("packing", ["stream", "pad", "best-fit"])
+def test_the_share_of_places_that_are_no_padding(corpus, packing):
+    batches = Batches(corpus, Causal(), seq_length=16, batch_size=1, packing=packing, epochs=1)
+    real = [batches.batch_at(step)[0]["segment_ids"] > 0 for step in range(batches.num_batches)]
+    assert batches.real_share == pytest.approx(np.mean(real))
+
+
 def test_permute_of_one_position_is_that_of_all():
     size = 777
     epochs = np.repeat(np.arange(3), size)

@@ -41,6 +41,16 @@ def files(directory):
     return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_documents_may_have_no_end(tmp_path, stories, tokenizer, num_processes):
+    options = {"end_documents": False, "num_processes": num_processes}
+    train, _ = run(stories, tokenizer, tmp_path / "out", **options)
+    assert tokenizer.eos_token_id not in train.take(np.arange(train.num_tokens))
+    assert tokenizer.decode(train.document(0)) in STORIES
+    with pytest.raises(FileExistsError, match="end_documents not the same"):
+        run(stories, tokenizer, tmp_path / "out")
+
+
 def test_every_document_is_on_one_side_in_its_order(tmp_path, stories, tokenizer):
     train, validation = run(stories, tokenizer, tmp_path / "out", validation_fraction=0.2)
     sides = [texts(train, tokenizer), texts(validation, tokenizer)]

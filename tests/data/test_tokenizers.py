@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from tokenizer_texts import TEXTS, gpt2_directory, training_text
+from tokenizer_texts import TEXTS, gpt2_directory, sentencepiece_file, training_text
 from tokenizers import models
 
+from lmzoo.data.masking import TokenFacts
 from lmzoo.data.tokenizers import Tokenizer
 
-KINDS = ("bpe", "wordpiece", "unigram", "char")
+KINDS = ("bpe", "wordpiece", "unigram", "char")  # those that are learned
 VOCAB_SIZES = {"bpe": 1000, "wordpiece": 1000, "unigram": 1000, "char": None}
 
 
@@ -95,6 +97,56 @@ def test_special_tokens_can_be_named_by_role():
     assert tokenizer.encode("some text", add_special_tokens=True)[:: len(tokenizer.encode("some text")) + 1] == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("kind", "tokens", "single", "pair"),
+    [
+        ("bpe", "<s> <pad> </s> <unk> <mask>", "<s> A </s>", "<s> A </s> </s> B </s>"),
+        ("char", "<s> <pad> </s> <unk> <mask>", "<s> A </s>", "<s> A </s> </s> B </s>"),
+        ("wordpiece", "[PAD] [UNK] [CLS] [SEP] [MASK]", "[CLS] A [SEP]", "[CLS] A [SEP] B [SEP]"),
+        ("unigram", "<pad> <unk> [CLS] [SEP] [MASK]", "[CLS] A [SEP]", "[CLS] A [SEP] B [SEP]"),
+    ],
+)
+def test_tokens_of_encoders(kind, tokens, single, pair):
+    size = None if kind == "char" else 700
+    tokenizer = Tokenizer.train(iter([training_text()]), kind=kind, vocab_size=size, masked=True)
+    assert [tokenizer.id_to_token(index) for index in range(5)] == tokens.split()
+    facts = TokenFacts.of(tokenizer)
+    assert [tokenizer.id_to_token(i) for i in (facts.cls_token_id, facts.sep_token_id)] == single.split()[::2]
+    assert facts.is_special.sum() == 5
+    a, b = tokenizer.encode("in"), tokenizer.encode("the")
+    for frame, texts in ((single, (["in"],)), (pair, (["in"], ["the"]))):
+        expected = [
+            index for part in frame.split() for index in {"A": a, "B": b}.get(part, [tokenizer.token_to_id(part)])
+        ]
+        assert tokenizer.encode_pairs(*texts).token_ids == [expected]
+
+
+def test_the_space_before_a_mask_goes_with_it():
+    for kind in ("bpe", "unigram"):
+        tokenizer = Tokenizer.train(iter([training_text()]), kind=kind, vocab_size=700, masked=True)
+        mask = tokenizer.special_tokens["mask_token"]
+        assert tokenizer.encode(f"in {mask}") == [*tokenizer.encode("in"), tokenizer.mask_token_id]
+
+
+def test_sentinels_come_last():
+    tokenizer = Tokenizer.train(iter([training_text()]), kind="unigram", vocab_size=700, num_sentinels=20)
+    assert tokenizer.vocab_size == 700
+    assert [tokenizer.token_to_id(f"<extra_id_{number}>") for number in range(20)] == list(range(699, 679, -1))
+    assert tokenizer.encode("<extra_id_3>", add_special_tokens=True) == [696, 1]
+    assert tokenizer.decode(tokenizer.encode("in<extra_id_0>the")) == "in the"
+
+
+def test_bytes_are_those_of_byt5(tmp_path):
+    tokenizer = Tokenizer.train("", kind="byte", num_sentinels=125)
+    assert (tokenizer.kind, tokenizer.vocab_size) == ("byte", 384)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
+    assert tokenizer.encode("aé", add_special_tokens=True) == [100, 198, 172, 1]
+    assert [tokenizer.token_to_id(f"<extra_id_{number}>") for number in (0, 124)] == [259, 383]
+    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in TEXTS)
+    tokenizer.save_pretrained(tmp_path)
+    assert Tokenizer.from_pretrained(tmp_path).kind == "byte"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_literal_of_a_special_token_is_that_token(trained, kind):
     tokenizer = trained[kind]
@@ -108,7 +160,12 @@ def test_the_literal_of_a_special_token_is_that_token(trained, kind):
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("some text", {"kind": "bytes"}, "kind='bytes'.* bpe, wordpiece, unigram, char"),
+        ("some text", {"kind": "bytes"}, "kind='bytes'.* bpe, wordpiece, unigram, char, byte"),
+        ("some text", {"masked": True, "special_tokens": ["<s>"]}, "masked=True chooses the special tokens"),
+        ("some text", {"masked": True, "kind": "byte"}, "kind='byte'.* leaves nothing to choose"),
+        ("some text", {"num_sentinels": 3}, "num_sentinels=3: kinds unigram and byte have sentinels, bpe has none"),
+        ("some text", {"kind": "byte", "special_tokens": ["<s>"]}, "those of kind 'byte' are <pad> </s> <unk>"),
+        ("some text", {"kind": "byte", "vocab_size": 300}, "vocab_size=300: .* are 259"),
         ("some text", {"vocab_size": 256}, "vocab_size=256 is too small.* 257"),
         ("some text", {"vocab_size": 0}, "vocab_size=0"),
         ("some text", {"kind": "char", "vocab_size": 8}, "vocab_size=8 is too small.* 9"),
@@ -299,7 +356,9 @@ def test_vocab_size_counts_to_the_highest_id():
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere: no such file"):
         Tokenizer.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json, vocab\.json, encoder\.json, vocab\.txt"):
+    with pytest.raises(
+        FileNotFoundError, match=r"tokenizer\.json, vocab\.json, encoder\.json, vocab\.txt, spiece\.model"
+    ):
         Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"vocab\.json needs merges\.txt"):
@@ -329,6 +388,89 @@ def test_a_binary_tokenizer_file_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\x00")
     with pytest.raises(ValueError, match=r"tokenizer\.json as a tokenizer\.json"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+# ---- SentencePiece
+
+
+def field(number: int, value: bytes | int | float) -> bytes:
+    """A field of a protocol buffer's message, small enough for lengths of at most two bytes."""
+    if isinstance(value, float):
+        return bytes([number << 3 | 5]) + struct.pack("<f", value)
+    size = value if isinstance(value, int) else len(value)
+    tag = (number << 3 | (0 if isinstance(value, int) else 2)).to_bytes(1, "little") if number < 16 else b""
+    tag = tag or bytes([(number << 3) & 0x7F | 0x80, number >> 4])
+    length = bytes([size]) if size < 0x80 else bytes([size & 0x7F | 0x80, size >> 7])
+    return tag + length + (b"" if isinstance(value, int) else value)
+
+
+def sentencepiece(pieces: list[tuple[str, float, int]], trainer: bytes = b"", rules: bytes = b"") -> bytes:
+    entries = (field(1, piece.encode()) + field(2, score) + field(3, kind) for piece, score, kind in pieces)
+    return b"".join(field(1, entry) for entry in entries) + field(2, trainer) + field(3, rules)
+
+
+T5_PIECES = [
+    *(("<pad>", 0.0, 3), ("</s>", 0.0, 3), ("<unk>", 0.0, 2), ("▁", -2.0, 1), ("▁in", -1.5, 1), ("n", -3.0, 1)),
+    *(("é", -4.0, 1), ("<user>", 0.0, 4)),
+]
+
+
+def test_sentencepiece_files_of_t5(tmp_path):
+    (tmp_path / "spiece.model").write_bytes(sentencepiece(T5_PIECES))
+    (tmp_path / "tokenizer_config.json").write_text('{"extra_ids": 3}')
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.kind, tokenizer.vocab_size) == ("unigram", 11)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
+    assert [tokenizer.token_to_id(f"<extra_id_{number}>") for number in range(3)] == [10, 9, 8]
+    assert tokenizer.encode("  in  né<user>xy<extra_id_0>", add_special_tokens=True) == [4, 3, 5, 6, 7, 3, 2, 10, 1]
+    assert tokenizer.decode([4, 3, 5, 6, 1]) == "in né"
+    pairs = tokenizer.encode_pairs(["in"], ["né"])
+    assert pairs.token_ids == tokenizer.graph.encode_pairs(["in"], ["né"]).token_ids.to_list() == [[4, 1, 3, 5, 6, 1]]
+
+
+def test_sentencepiece_files_of_albert(tmp_path):
+    names = ("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")
+    pieces = [(name, 0.0, kind) for name, kind in zip(names, (3, 2, 3, 3, 3), strict=True)]
+    pieces += [("▁in", -1.0, 1), ("e", -2.0, 1), ('"', -2.0, 1), ("▁", -2.0, 1), ("E", -2.0, 1), ("é", -2.0, 1)]
+    (tmp_path / "spiece.model").write_bytes(sentencepiece(pieces))
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "spiece.model")
+    assert tokenizer.encode("In``é [MASK]", add_special_tokens=True) == [2, 5, 7, 6, 4, 3]
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false, "keep_accents": true}')
+    assert Tokenizer.from_pretrained(tmp_path).encode("Eé") == [8, 9, 10]
+
+
+def test_sentencepiece_files_with_bytes_and_settings_of_their_own(tmp_path):
+    bytes_ = [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
+    trainer, rules = field(3, 1) + field(35, 1), field(3, 0) + field(4, 0)  # no space in front, and spaces as they are
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece([*T5_PIECES, *bytes_], trainer, rules))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encode("n  ☃") == [5, 3, 3, *(8 + byte for byte in "☃".encode())]
+    assert tokenizer.decode(tokenizer.encode("n  ☃")) == "n  ☃"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x0a\xff", r"spiece\.model as a SentencePiece model: IndexError"),
+        (b"\x0a\x05ab", r"spiece\.model as a SentencePiece model"),
+        (sentencepiece(T5_PIECES)[:40], r"spiece\.model as a SentencePiece model: IndexError"),
+        (sentencepiece(T5_PIECES, field(3, 2)), "type 2; only 1, Unigram"),
+        (sentencepiece([("a", -1.0, 1)]), "none of its 1 pieces is the unknown one"),
+        (b"", "none of its 0 pieces"),
+    ],
+)
+def test_broken_sentencepiece_files_are_named(tmp_path, content, message):
+    (tmp_path / "spiece.model").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_published_sentencepiece_file(tmp_path):
+    tokenizer = Tokenizer.from_pretrained(sentencepiece_file(tmp_path))
+    assert tokenizer.vocab_size == 26
+    assert [tokenizer.id_to_token(index) for index in range(4)] == ["<pad>", "</s>", "<unk>", "▁"]
+    assert tokenizer.encode("ａ\u3000e\u200b") == tokenizer.encode("a e")
 
 
 # ---- published vocabularies and the reference implementation
@@ -361,6 +503,62 @@ def test_transformers_opens_what_is_saved(trained, kind, model_type, tmp_path):
             ids = tokenizer.encode(text, add_special_tokens=add)
             assert theirs(text, add_special_tokens=add)["input_ids"] == ids
             assert theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("options", [{"kind": "bpe", "masked": True}, {"kind": "unigram", "masked": True}])
+def test_transformers_opens_tokenizers_of_encoders(options, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = Tokenizer.train(iter([training_text()]), vocab_size=700, **options)
+    tokenizer.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.mask_token_id == tokenizer.mask_token_id
+    for text in (*TEXTS, f"in {theirs.mask_token}."):
+        ours = tokenizer.encode_pairs([text], ["the  end"])
+        pair = theirs(text, "the  end", return_offsets_mapping=True)
+        assert (pair["input_ids"], pair["offset_mapping"]) == (ours.token_ids[0], ours.offsets[0])
+
+
+@pytest.mark.parity
+def test_transformers_opens_sentinels_and_bytes(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for kind in ("unigram", "byte"):
+        size = 700 if kind == "unigram" else None
+        tokenizer = Tokenizer.train(iter([training_text()]), kind=kind, vocab_size=size, num_sentinels=125)
+        tokenizer.save_pretrained(tmp_path)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        for text in (*TEXTS, "in <extra_id_0> the <extra_id_124>."):
+            ids = tokenizer.encode(text, add_special_tokens=True)
+            assert theirs(text)["input_ids"] == ids
+            assert theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
+    byt5 = transformers.ByT5Tokenizer()
+    text = "in é <extra_id_0><extra_id_7>"
+    assert byt5(text)["input_ids"] == tokenizer.encode(text, add_special_tokens=True)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("options", [{}, {"byte_fallback": True}, {"control_symbols": "[CLS],[SEP]", "unk_id": 1}])
+def test_sentencepiece_gives_the_same_ids(options, tmp_path):
+    """But for ties, which it breaks in single precision: so no rows of one character over and over."""
+    sentencepiece_library = pytest.importorskip("sentencepiece")
+    (tmp_path / "text").write_text(training_text(), encoding="utf-8")
+    options = {"bos_id": -1, "eos_id": -1, "pad_id": 0} | options if "unk_id" in options else options
+    sentencepiece_library.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "spiece"),
+        vocab_size=1000,
+        num_threads=1,
+        minloglevel=2,
+        **options,
+    )
+    theirs = sentencepiece_library.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
+    ours = Tokenizer.from_pretrained(tmp_path)
+    texts = [line for line in training_text().split("\n") if line.strip(" *-+'|")][:1500]
+    texts = [text for text in texts if "---" not in text and "***" not in text]
+    texts += ["", " ", "ﬁ ½\u3000x", "naïve café 中文 \U0001f600"]
+    if "unk_id" in options:  # those of ALBERT, which changes the text before
+        texts = [text.lower() for text in texts if "``" not in text and "''" not in text and text.isascii()]
+    assert ours.encode(texts) == theirs.encode(texts)
 
 
 @pytest.mark.parity

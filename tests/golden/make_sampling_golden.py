@@ -29,6 +29,7 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (2, {"min_new_tokens": 3}),
     (3, {"min_new_tokens": 3}),
     (0, {"suppressed_token_ids": (1, 5, 40)}),
+    (3, {"bad_words_ids": ((5,), (2, 3), (4, 4), (0, 1, 2), (1, 1, 7), (3, 0, 40))}),
     (0, {"temperature": 1.5, "top_k": 12, "top_p": 0.8, "min_p": 0.05}),
     (0, {"temperature": 0.5, "top_p": 0.95, "min_p": 0.02}),
     (
@@ -68,6 +69,7 @@ def reference_scores(
     names = {"suppressed_token_ids": "suppress_tokens"}
     settings = {names.get(name, name): value for name, value in options.items()}
     settings["suppress_tokens"] = list(settings["suppress_tokens"]) if "suppress_tokens" in settings else None
+    settings["bad_words_ids"] = [list(word) for word in settings.get("bad_words_ids", ())] or None
     settings = {"top_k": 0, **settings}
     model: GenerationMixin = GPT2LMHeadModel(
         GPT2Config(vocab_size=logits.shape[1], n_embd=4, n_layer=1, n_head=1, n_positions=8)

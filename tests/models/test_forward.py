@@ -6,10 +6,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CAUSAL
+from conftest import CAUSAL, SCORING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+TESTED = SCORING
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 FEW, MANY = settings(max_examples=10), settings(max_examples=200)
 

@@ -202,6 +202,20 @@ def test_bad_input_is_refused(model, prompts, max_new_tokens, message):
         model.generate(prompts, max_new_tokens=max_new_tokens)
 
 
+def test_beams_have_the_scores_of_a_full_pass(model):
+    """For prompts of different lengths in one batch, whatever beams have been reordered on the way."""
+    prompts = random_prompts(model, [3, 9, 1], seed=2)
+    result = model.beam_search(prompts, max_new_tokens=NEW, num_beams=4, num_return_sequences=3)
+    texts = np.reshape(result.token_ids, (9, NEW))
+    np.testing.assert_array_equal(generate(model, prompts, num_beams=4, num_return_sequences=3), texts)
+    for row, prompt in enumerate(prompts):
+        for tokens, length, score in zip(result.token_ids[row], result.lengths[row], result.scores[row], strict=True):
+            ids = [*prompt, *tokens.numpy()[:length].tolist()]
+            log_probs = tf.nn.log_softmax(model(np.array([ids[:-1]], "int32"))[0, len(prompt) - 1 :])
+            total = tf.reduce_sum(tf.gather(log_probs, ids[len(prompt) :], axis=1, batch_dims=1))
+            assert float(score) == pytest.approx(float(total) / int(length), abs=1e-4)
+
+
 def test_bad_options_are_refused(model):
     with pytest.raises(ValueError, match="temperature=-1"):
         model.generate([[1]], temperature=-1)

@@ -6,12 +6,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CAUSAL, TINY
+from conftest import CAUSAL, SEQ2SEQ, TINY, inputs_for
 
 from lmzoo.engine.recompute import recomputed
 from lmzoo.models import ARCHITECTURES
 
-TESTED = ("gpt2",)
+TESTED = ("gpt2", "t5")
 
 
 def train(make_model, dtype=None, remat=None, **arguments):
@@ -95,12 +95,13 @@ def test_every_block_of_an_architecture_is_recomputed(make_model, architecture, 
     model = make_model()
     model.compile(remat="block")
     ids = np.ones((2, 4), "int32")
-    model(ids)
-    if architecture in CAUSAL:
+    inputs = inputs_for(model, ids)
+    model(inputs)
+    if architecture in (*CAUSAL, *SEQ2SEQ):
         model.generate(ids, max_new_tokens=2)
     assert not ran
-    model(ids, training=True)
-    assert len(ran) == model.config.num_layers
+    model(inputs, training=True)
+    assert len(ran) == model.config.num_layers + getattr(model.config, "decoder_layers", 0)
     assert issubclass(ARCHITECTURES[architecture], type(model))
 
 

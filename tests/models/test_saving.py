@@ -8,15 +8,17 @@ import sys
 import keras
 import numpy as np
 import pytest
-from conftest import WITH_A_FORWARD_PASS_OF_THEIR_OWN
+from conftest import WITH_A_FORWARD_PASS_OF_THEIR_OWN, inputs_for
 
-TESTED = WITH_A_FORWARD_PASS_OF_THEIR_OWN
+TESTED = (*WITH_A_FORWARD_PASS_OF_THEIR_OWN, "t5")
 
 
 def make_batch(model, rows=4, length=9, seed=0):
     random = np.random.default_rng(seed)
     ids = random.integers(0, model.config.vocab_size, (rows, length + 1)).astype("int32")
-    return {"token_ids": ids[:, :-1]}, ids[:, 1:], random.random((rows, length)).astype("float32")
+    inputs = inputs_for(model, ids[:, :-1])
+    inputs = inputs if isinstance(inputs, dict) else {"token_ids": inputs}
+    return inputs, ids[:, 1:], random.random((rows, length)).astype("float32")
 
 
 def values_of(variables):

@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and DistilBERT against answers that transformers gave, kept in tests/golden/bert; needs no torch."""
+"""BERT and its kin against answers that transformers gave, kept in tests/golden/bert; needs no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 import tensorflow as tf
 
-from lmzoo.models import load_pretrained
+from lmzoo.models import MaskedLM, load_pretrained
 from lmzoo.models.bert import BertConfig, BertModel, DistilBertModel, RobertaModel
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "bert"
@@ -33,14 +33,18 @@ def sums_and_gradients(model, batch):
         sums = model.compute_sums(inputs, batch["labels"], None, training=True)
         loss = sums["loss"][0] / sums["loss"][1]
     gradients = tape.gradient(loss, [variable.value for variable in entries.values()])
-    named = {
+    means = {name: value / weight for name, (value, weight) in sums.items() if float(weight)}
+    return means, by_name(entries, gradients)
+
+
+def by_name(entries, gradients):
+    """Gradients by name in the checkpoint."""
+    return {
         name: entry.piece(name, tf.convert_to_tensor(gradient).numpy())
         for entry, gradient in zip(entries, gradients, strict=True)
         for name in entry.names
         if gradient is not None
     }
-    means = {name: value / weight for name, (value, weight) in sums.items() if float(weight)}
-    return means, named
 
 
 def assert_parity(model, batch, answers, tolerance=1e-5):
@@ -57,6 +61,14 @@ def assert_parity(model, batch, answers, tolerance=1e-5):
     for number, state in enumerate(states):
         compare(np.asarray(state)[mask], answers[f"hidden.{number}"][mask], f"hidden {number}")
     compare(np.asarray(model(inputs))[mask], answers["logits"][mask], "logits")
+    if isinstance(model, MaskedLM):
+        compare_masked_lm(model, batch, answers, states, compare)
+    else:
+        compare_detection(model, batch, answers, compare)
+
+
+def compare_masked_lm(model, batch, answers, states, compare):
+    mask = batch["padding_mask"]
     at_places = answers["logits"][np.arange(len(mask))[:, None], batch["mask_positions"]]
     compare(model(inputs_of(batch)), at_places, "logits of hidden tokens")
     means, gradients = sums_and_gradients(model, batch)
@@ -67,6 +79,22 @@ def assert_parity(model, batch, answers, tolerance=1e-5):
         compare(model.next_sentence_logits(states[-1]), answers["next_sentence_logits"], "next sentence")
     for name in names:
         compare(means[name], answers[name], name)
+    compare_gradients(gradients, answers, compare)
+
+
+def compare_detection(model, batch, answers, compare):
+    """As if all odd ids had been replaced; rows count by their tokens, so that the loss is the mean over tokens."""
+    counts = batch["padding_mask"].sum(1).astype("float32")
+    entries = model.checkpoint_entries()
+    with tf.GradientTape() as tape:
+        is_replaced = (batch["token_ids"] % 2).astype("float32")
+        loss = model.detection_sums(inputs_of(batch), is_replaced, counts, training=True)[0] / counts.sum()
+    found = tape.gradient(loss, [variable.value for variable in entries.values()])
+    compare(loss, answers["loss"], "loss")
+    compare_gradients(by_name(entries, found), answers, compare)
+
+
+def compare_gradients(gradients, answers, compare):
     compared = [name.removeprefix("gradient.") for name in answers if name.startswith("gradient.")]
     assert compared
     for name in compared:

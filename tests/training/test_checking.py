@@ -17,6 +17,15 @@ def test_the_step_of_a_run_compiles(changes):
     assert report.flops >= 0.9 * report.model_flops
 
 
+@pytest.mark.parametrize("objective", ["mlm", "mlm+nsp"])
+def test_the_step_of_a_masked_lm_compiles_for_the_longer_rows(objective):
+    fields = {**TINY, "context_length": 32, "seq_length": 8, "long_seq_length": 32, "batch_size": 16}
+    report = check_pretraining(PretrainConfig(preset="bert-tiny", objective=objective, **fields), "v5e:2x2")
+    assert report.compiles, report.problem
+    assert (report.replicas, report.rows) == (4, 1)
+    assert report.flops >= 0.9 * report.model_flops
+
+
 def test_chips_that_cannot_share_the_batch():
     with pytest.raises(ValueError, match="batch_size is 12, but must be a multiple of 4 replicas x 2 micro-batches"):
         check_pretraining(PretrainConfig(**TINY, batch_size=12, micro_batches=2), "v5e:2x2")

@@ -33,11 +33,12 @@ def test_variables_are_those_that_training_makes(optimizer):
     assert counted.kernels * 4 == size(kernels)
 
 
+@pytest.mark.parametrize("preset", ["gpt2-nano", "bert-tiny", "albert-base-v1"])
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
 @pytest.mark.parametrize("dropout_rate", [0.0, 0.1])
-def test_what_a_block_keeps_is_what_its_backward_pass_reads(dtype, dropout_rate):
+def test_what_a_block_keeps_is_what_its_backward_pass_reads(preset, dtype, dropout_rate):
     """Reads the graph of a step: every tensor of the forward pass that the backward pass takes, each buffer once."""
-    model_class, shape = find_preset("gpt2-nano")
+    model_class, shape = find_preset(preset)
     rows, tokens, size = 3, 40, 4 if dtype == "float32" else 2
     # Widths that are no multiple of one another, so that no tensor is taken for another.
     fields = {"num_layers": 2, "num_heads": 5, "model_dim": 35, "feedforward_dim": 111, "vocab_size": 97}
@@ -155,6 +156,30 @@ def test_the_command_is_one_that_pretraining_takes():
     assert made.command in str(made)
 
 
+def test_two_phases_are_planned_for_the_longer_rows():
+    tyro = pytest.importorskip("tyro")
+    from lmzoo.training import PretrainConfig
+    from lmzoo.training.phases import make_phases
+
+    fields = {"preset": "bert-mini", "memory": "4GB", "batch_tokens": 2**14}
+    long, short = plan(**fields, seq_length=512), plan(**fields, seq_length=128)
+    made = plan(**fields, seq_length=128, long_seq_length=512)
+    assert made.memory == long.memory
+    assert made.memory.total > short.memory.total
+    assert made.flops_per_token == pytest.approx(0.9 * short.flops_per_token + 0.1 * long.flops_per_token)
+    config = tyro.cli(PretrainConfig, args=shlex.split(made.command)[2:])
+    first, second = make_phases(config, config.context_length, 1)
+    assert (first.seq_length, second.seq_length) == (128, 512)
+    assert first.step_tokens == second.step_tokens == pytest.approx(2**14, rel=0.1)
+    assert "rows of 512 tokens in 10% of the steps, of 128 before" in str(made)
+
+
+def test_another_vocabulary_keeps_the_ids_that_it_has():
+    shape = plan(preset="roberta-base", vocab_size=1000, memory="80GB", remat="none").shape
+    assert (shape.vocab_size, shape.pad_token_id, shape.eos_token_id) == (1000, 1, 2)
+    assert plan(preset="gpt2", vocab_size=1000).shape.eos_token_id is None
+
+
 def test_what_does_not_fit_says_by_how_much():
     with pytest.raises(ValueError, match=r"gpt2-xl does not fit: with 1 row of 1,024 tokens .* more than its 24 GB"):
         plan(preset="gpt2-xl", memory="24GB")
@@ -185,6 +210,9 @@ def test_sizes_that_are_none(text):
         ({"devices": 2}, "strategy 'one' has one"),
         ({"mfu": 1.5}, r"mfu is 1.5, but must lie in \(0, 1\]"),
         ({"tokens": -1.0}, "tokens is -1.0"),
+        ({"long_seq_length": 512}, "long_seq_length is 512, but seq_length is None: give a shorter one"),
+        ({"long_seq_length": 128, "seq_length": 128}, "long_seq_length is 128, but seq_length is 128"),
+        ({"long_share": 0.0}, r"long_share is 0.0, but must lie in"),
         ({"memory": "80 apples"}, "memory is '80 apples'"),
         ({"accelerator": "h10"}, "Did you mean 'h100'"),
     ],

@@ -116,6 +116,24 @@ def test_five_kills_leave_the_losses_of_a_whole_run(text, whole, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
+def test_kills_in_both_phases_of_a_masked_lm_leave_the_losses_of_a_whole_run(text, tmp_path):
+    phases = ("--preset", "bert-tiny", "--seq-length", "8", "--long-seq-length", "16", "--long-share", "0.4")
+    flags = (*phases, "--strategy", "one", "--dropout-rate", "0.1")
+    finish(start(*command(text, tmp_path / "whole", *flags)))
+    run = command(text, tmp_path / "killed", *flags)
+    for moment in (70, 121, 165):  # The second phase begins after step 120.
+        process = start(*run)
+        wait_for_step(tmp_path / "killed", moment, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    finish(start(*run))
+    assert [step for step, _ in losses(tmp_path / "killed")] == list(range(1, STEPS + 1))
+    check_same(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_terminated_run_saves_and_ends_well(text, whole, tmp_path):
     run = command(text, tmp_path, "--strategy", "one", "--dropout-rate", "0.1", "--ema-momentum", "0.9")
     process = start(*run)

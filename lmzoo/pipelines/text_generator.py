@@ -1,24 +1,20 @@
-"""Pipelines: strings in, strings out, in one graph. What is called in Python is what a server runs."""
+"""Continues texts: strings in, strings out, in one graph."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import inspect
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, overload
 
 import numpy as np
 import tensorflow as tf
 
-from lmzoo.checkpoints import find_checkpoint
-from lmzoo.data.tokenizer_training import without_surrogates
 from lmzoo.data.tokenizers import Tokenizer
-from lmzoo.export import write_saved_model
 from lmzoo.generation import SamplingOptions, StreamedTokens
-from lmzoo.models import CausalLM, load_pretrained
+from lmzoo.models import CausalLM
+from lmzoo.pipelines.base import Pipeline, as_text
 
 Tensor = Any
 
@@ -34,7 +30,7 @@ _OPTION_DTYPES = {
 _INCOMPLETE = "�"
 
 
-class TextGenerator(tf.Module):
+class TextGenerator(Pipeline):
     """Continues texts. A str gives a str, a list a list, a tf.string tensor a tensor: the new text only.
 
     ```python
@@ -49,6 +45,15 @@ class TextGenerator(tf.Module):
     context loses its beginning; an empty text starts from the end token, as a new document does. Bytes that are not
     UTF-8 count as U+FFFD. A new text stops before the end token of the model or of the tokenizer, and before the first
     stop string.
+
+    What is exported has the signatures
+
+    - `serving_default`: text [B] -> text [B], with this pipeline's settings;
+    - `generate`: the same, with the optional inputs `seed` (below 0 draws one), `max_new_tokens` and each sampling
+      option that the pipeline has on, [1] or [B]. The settings of the pipeline are their defaults;
+    - `tokens`: token_ids [B, T] int32 -> logits [B, T, V] float32, without strings and tables.
+
+    In Python, `tf.saved_model.load(path).generate(text)` is a function with the same defaults.
 
     Shapes:
         text: tf.string [B]; options of a call: scalars, or [B] for one a row. Returns tf.string [B].
@@ -83,22 +88,15 @@ class TextGenerator(tf.Module):
         seed: int | None = None,
         **options: Any,
     ) -> None:
-        super().__init__()
         if not hasattr(model, "decoder"):
             raise ValueError(f"{type(model).__name__} does not continue texts: TextGenerator needs a causal LM.")
+        super().__init__(model, tokenizer)
         config = model.config
-        if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens (tokenizer.vocab_size), but the model has embeddings "
-                f"for {config.vocab_size} (config.vocab_size): take the tokenizer that the model was trained with."
-            )
         if not isinstance(max_new_tokens, int) or not 1 <= max_new_tokens < config.context_length:
             raise ValueError(
                 f"max_new_tokens is {max_new_tokens!r}, but must be an integer from 1 to {config.context_length - 1}: "
                 f"prompt and new tokens share the model's context_length of {config.context_length}."
             )
-        self.model = model
-        self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         ends = (config.eos_token_id, tokenizer.eos_token_id)
@@ -106,26 +104,10 @@ class TextGenerator(tf.Module):
         self._stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
         options["stop_sequences"] = (*options.get("stop_sequences", ()), *self._stop_sequences())
         self.options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, **options)
-        self._graph_tokenizer = tokenizer.graph
         starts = (*ends, tokenizer.bos_token_id, config.pad_token_id, 0)
         self._start_token_id = next(token for token in starts if token is not None)
         self._generate = self._make_function()
         self._stream_decoder = functools.lru_cache(maxsize=8)(functools.partial(model.decoder, self.max_new_tokens))
-
-    @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str], *, dtype: Any = None, **settings: Any) -> Self:
-        """The pipeline of a checkpoint with its tokenizer beside it, or of a run, whose best checkpoint is taken.
-
-        Args:
-            directory: of the checkpoint or the run.
-            dtype: Keras dtype or policy of the model.
-            settings: arguments of the constructor.
-
-        Raises:
-            CheckpointError, FileNotFoundError, ValueError: it cannot be read, or model and tokenizer do not match.
-        """
-        directory = find_checkpoint(directory)
-        return cls(load_pretrained(directory, dtype=dtype), Tokenizer.from_pretrained(directory), **settings)
 
     # ---- calling
 
@@ -157,7 +139,7 @@ class TextGenerator(tf.Module):
                     f"texts are a {text.dtype.name} tensor of shape {text.shape}, but must be tf.string [B]."
                 )
             return self._generate(text, **self._request(text.shape[0], values))["text"]
-        texts = [_as_text(item) for item in ([text] if isinstance(text, str) else text)]
+        texts = [as_text(item) for item in ([text] if isinstance(text, str) else text)]
         request = self._request(len(texts), values)
         new = self._generate(tf.constant(texts, tf.string, [len(texts)]), **request)["text"]
         new_texts = [item.decode() for item in new.numpy()]
@@ -176,7 +158,7 @@ class TextGenerator(tf.Module):
         Raises:
             TypeError, ValueError: as in a call.
         """
-        texts = tf.constant([_as_text(text)])
+        texts = tf.constant([as_text(text)])
         request = self._request(1, {"seed": seed, "max_new_tokens": max_new_tokens, **options})
         settings = {name: request[name].numpy().item() for name in options if name in request}
         decoder = self._stream_decoder(dataclasses.replace(self.options, **settings))
@@ -184,33 +166,7 @@ class TextGenerator(tf.Module):
         seeds = _drawn(request["seed"])
         return self._pieces(decoder.stream(*self._prompts(texts), seeds=seeds, limits=request["max_new_tokens"]))
 
-    def export(self, directory: str | os.PathLike[str], version: int | None = None) -> Path:
-        """Writes `<directory>/<version>/`, a SavedModel for TF Serving that needs neither lmzoo nor Keras.
-
-        Its signatures are
-
-        - `serving_default`: text [B] -> text [B], with this pipeline's settings;
-        - `generate`: the same, with the optional inputs `seed` (below 0 draws one), `max_new_tokens` and each sampling
-          option that the pipeline has on, [1] or [B]. The settings of the pipeline are their defaults.
-        - `tokens`: token_ids [B, T] int32 -> logits [B, T, V] float32, without strings and tables.
-
-        In Python, `loaded = tf.saved_model.load(path)` has the function `loaded.generate(text)` with the same defaults.
-
-        Args:
-            directory: of all versions.
-            version: must be higher than the versions there are. None is the next number.
-
-        Returns:
-            The directory of the version.
-
-        Raises:
-            FileExistsError, ValueError, OSError: as `lmzoo.export.write_saved_model`.
-        """
-        module = tf.Module()
-        module.weights = [weight.value for weight in self.model.weights]
-        module.tokenizer = self._graph_tokenizer
-        module.generate = self._generate
-
+    def _signatures(self) -> dict[str, Any]:
         @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "text")], autograph=False)
         def serve(text: Tensor) -> dict[str, Tensor]:
             return self._generate(text)
@@ -219,8 +175,7 @@ class TextGenerator(tf.Module):
         def tokens(token_ids: Tensor) -> dict[str, Tensor]:
             return {"logits": self.model(token_ids, training=False)}
 
-        signatures = {"serving_default": serve, "generate": self._generate, "tokens": tokens}
-        return write_saved_model(directory, module, signatures, version=version)
+        return {"serving_default": serve, "generate": self._generate, "tokens": tokens}
 
     # ---- the graph
 
@@ -375,12 +330,6 @@ def _checked_seeds(seeds: Any) -> list[int]:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
             raise ValueError(f"seed is {value!r}, but must be an integer from 0 to 2**63 - 1, or None to draw one.")
     return values
-
-
-def _as_text(text: Any) -> str:
-    if not isinstance(text, str):
-        raise TypeError(f"a text is {type(text).__name__}, not str: decode bytes first.")
-    return without_surrogates(text)
 
 
 def _pattern(text: str) -> str:

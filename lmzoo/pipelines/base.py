@@ -1,0 +1,254 @@
+"""What all pipelines share: how they are made, called on strings, and exported."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import tensorflow as tf
+
+from lmzoo.checkpoints import find_checkpoint
+from lmzoo.data.tokenizer_training import without_surrogates
+from lmzoo.data.tokenizers import Tokenizer
+from lmzoo.export import write_saved_model
+from lmzoo.models import load_pretrained
+
+Tensor = Any
+Outputs = dict[str, Tensor]
+
+
+class Pipeline(tf.Module):
+    """A model and its tokenizer, called on strings. What is called in Python is the graph that is exported.
+
+    Args:
+        model: any model with a `config`.
+        tokenizer: the one whose ids the model was trained on. It must have an in-graph twin.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the model, or no in-graph twin.
+    """
+
+    def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens (tokenizer.vocab_size), but the model has embeddings "
+                f"for {model.config.vocab_size} (config.vocab_size): take the tokenizer that the model was trained "
+                "with."
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self._graph_tokenizer = tokenizer.graph
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str], *, dtype: Any = None, **settings: Any) -> Self:
+        """The pipeline of a checkpoint with its tokenizer beside it, or of a run, whose best checkpoint is taken.
+
+        Args:
+            directory: of the checkpoint or the run.
+            dtype: Keras dtype or policy of the model.
+            settings: arguments of the constructor.
+
+        Raises:
+            CheckpointError, FileNotFoundError, ValueError: it cannot be read, or model and tokenizer do not match.
+        """
+        directory = find_checkpoint(directory)
+        settings = {**cls._checkpoint_settings(directory), **settings}
+        return cls(cls._load_model(directory, dtype), Tokenizer.from_pretrained(directory), **settings)
+
+    @classmethod
+    def _load_model(cls, directory: Path, dtype: Any) -> Any:
+        return load_pretrained(directory, dtype=dtype)
+
+    @classmethod
+    def _checkpoint_settings(cls, directory: Path) -> dict[str, Any]:
+        """Arguments of the constructor that a checkpoint brings along."""
+        return {}
+
+    def export(self, directory: str | os.PathLike[str], version: int | None = None) -> Path:
+        """Writes `<directory>/<version>/`, a SavedModel for TF Serving that needs neither lmzoo nor Keras.
+
+        Its signatures are those that the class names. In Python, `tf.saved_model.load(path)` also has each of them but
+        `serving_default` as a method.
+
+        Args:
+            directory: of all versions.
+            version: must be higher than the versions there are. None is the next number.
+
+        Returns:
+            The directory of the version.
+
+        Raises:
+            FileExistsError, ValueError, OSError: as `lmzoo.export.write_saved_model`.
+        """
+        module = tf.Module()
+        module.weights = [weight.value for weight in self.model.weights]
+        module.tokenizer = self._graph_tokenizer
+        signatures = self._signatures()
+        for name, function in signatures.items():
+            if name != "serving_default":
+                setattr(module, name, function)
+        return write_saved_model(directory, module, signatures, version=version)
+
+    @abstractmethod
+    def _signatures(self) -> dict[str, Any]:
+        """Name -> `tf.function` with an input signature."""
+
+
+class EncoderPipeline(Pipeline):
+    """A pipeline that reads whole texts, or pairs of texts, and gives one result for each.
+
+    A subclass says what its graph is in `_outputs`, and what it gives for a row of that graph's outputs in `_result`.
+
+    Args:
+        model, tokenizer: as in `Pipeline`.
+        max_length: tokens, special ones included; what is longer loses its end. None is the model's context length.
+
+    Raises:
+        ValueError: as `Pipeline`, or `max_length` is more than the model reads or less than the special tokens take.
+    """
+
+    # The texts of one input, by the names they have in the graph.
+    _inputs: tuple[str, ...] = ("text",)
+    # What the model gives, in the signature `tokens`.
+    _model_output = "logits"
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, max_length: int | None = None) -> None:
+        super().__init__(model, tokenizer)
+        context_length = model.config.context_length
+        if max_length is None:
+            max_length = context_length
+        if isinstance(max_length, bool) or not isinstance(max_length, int) or not 1 <= max_length <= context_length:
+            raise ValueError(
+                f"max_length is {max_length!r}, but must be an integer from 1 to {context_length}, the model's "
+                "context_length."
+            )
+        self.max_length = max_length
+        pads = (model.config.pad_token_id, tokenizer.pad_token_id, 0)
+        self._pad_token_id = next(token for token in pads if token is not None)
+        self._run = self._function(*self._inputs)
+
+    # ---- calling
+
+    def _call(self, function: Any, columns: Mapping[str, Any], batch_size: int) -> Any:
+        """The result of one input, a list of those of several, or the graph's own outputs for tensors.
+
+        Args:
+            function: a graph of as many tf.string tensors [B] as there are columns.
+            columns: name of an argument -> a str, an iterable of str, or a tf.string tensor [B]; all of one kind.
+            batch_size: rows that go through the graph at a time, those of similar lengths together.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size!r}, but must be 1 or more.")
+        if any(tf.is_tensor(values) for values in columns.values()):
+            for name, values in columns.items():
+                if not tf.is_tensor(values) or values.shape.rank != 1 or values.dtype != tf.string:
+                    raise TypeError(f"{name} is {_kind(values)}, but must be tf.string [B].")
+            return function(*columns.values())
+        single = {isinstance(values, str) for values in columns.values()}
+        if len(single) > 1:
+            raise TypeError(f"{' and '.join(columns)} must both be a str, or both be lists of str.")
+        if single == {True}:
+            columns = {name: [values] for name, values in columns.items()}
+        lists = [[as_text(item) for item in values] for values in columns.values()]
+        if len({len(texts) for texts in lists}) > 1:
+            sizes = " and ".join(f"{len(texts)} of {name}" for name, texts in zip(columns, lists, strict=True))
+            raise ValueError(f"there are {sizes}: give as many of each.")
+        results = self._results(function, list(zip(*lists, strict=True)), batch_size)
+        return results[0] if single == {True} else results
+
+    def _results(self, function: Any, rows: list[tuple[str, ...]], batch_size: int) -> Any:
+        results: list[Any] = [None] * len(rows)
+        order = sorted(range(len(rows)), key=lambda index: sum(map(len, rows[index])), reverse=True)
+        for start in range(0, len(rows), batch_size):
+            batch = order[start : start + batch_size]
+            columns = zip(*(rows[index] for index in batch), strict=True)
+            outputs = {name: value.numpy() for name, value in function(*map(tf.constant, columns)).items()}
+            for place, index in enumerate(batch):
+                results[index] = self._result({name: values[place] for name, values in outputs.items()}, rows[index])
+        return results
+
+    @abstractmethod
+    def _result(self, row: dict[str, Any], texts: tuple[str, ...]) -> Any:
+        """What a call gives for one input.
+
+        Args:
+            row: one row of the outputs of `_outputs`, as NumPy values.
+            texts: the input.
+        """
+
+    # ---- the graph
+
+    @abstractmethod
+    def _outputs(self, *texts: Tensor) -> Outputs:
+        """Outputs by name, each [B, ...], for columns of texts, each tf.string [B] in valid UTF-8."""
+
+    def _function(self, *names: str) -> Any:
+        """The graph on columns of texts with these names."""
+
+        def run(*texts: Tensor) -> Outputs:
+            with tf.device("CPU:0"):
+                whole = [tf.strings.unicode_transcode(text, "UTF-8", "UTF-8", errors="replace") for text in texts]
+            return self._outputs(*whole)
+
+        specs = [tf.TensorSpec([None], tf.string, name) for name in names]
+        return tf.function(run, input_signature=specs, autograph=False)
+
+    def _batch(self, token_ids: Any, token_type_ids: Any) -> dict[str, Tensor]:
+        """Ragged token ids and types [B, None] as the model reads them, one token wide at least."""
+        width = tf.maximum(token_ids.bounding_shape(axis=1), 1)
+        return {
+            "token_ids": padded(token_ids, self._pad_token_id, width),
+            "padding_mask": tf.sequence_mask(token_ids.row_lengths(), width),
+            "token_type_ids": padded(token_type_ids, 0, width),
+        }
+
+    def _signatures(self) -> dict[str, Any]:
+        inputs = {"token_ids": tf.int32, "padding_mask": tf.bool, "token_type_ids": tf.int32}
+
+        def tokens(*values: Tensor) -> Outputs:
+            return {self._model_output: self.model(dict(zip(inputs, values, strict=True)), training=False)}
+
+        specs = [tf.TensorSpec([None, None], dtype, name) for name, dtype in inputs.items()]
+        return {
+            "serving_default": self._run,
+            "tokens": tf.function(tokens, input_signature=specs, autograph=False),
+        }
+
+
+def check_task(pipeline: Pipeline, model: Any, model_class: type) -> None:
+    """Raises a ValueError unless the model is of the task."""
+    if not isinstance(model, model_class):
+        raise ValueError(
+            f"{type(pipeline).__name__} needs a {model_class.__name__}, but the model is a {type(model).__name__}."
+        )
+
+
+def as_text(text: Any) -> str:
+    """A str with which UTF-8 can be written.
+
+    Raises:
+        TypeError: it is no str.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"a text is {type(text).__name__}, not str: decode bytes first.")
+    return without_surrogates(text)
+
+
+def padded(ragged: Any, missing: Any, width: Tensor) -> Tensor:
+    """Ragged [B, None, ...] as a tensor [B, width, ...], where `missing` fills the rest of a row."""
+    dense = ragged.to_tensor(missing)
+    rest = width - tf.shape(dense, width.dtype)[1]
+    return tf.pad(dense, [[0, 0], [0, rest], *[[0, 0]] * (dense.shape.rank - 2)], constant_values=missing)
+
+
+def by_row(values: Tensor, row: Tensor, num_rows: Tensor) -> Any:
+    """Values [N, ...] of rows [N], ascending, as ragged [B, None, ...]."""
+    return tf.RaggedTensor.from_value_rowids(values, row, num_rows, validate=False)
+
+
+def _kind(value: Any) -> str:
+    return f"a {value.dtype.name} tensor of shape {value.shape}" if tf.is_tensor(value) else f"a {type(value).__name__}"
