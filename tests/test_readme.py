@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from lmzoo import GPTConfig, GPTModel, pretrain
+from lmzoo import BertModel, GPTConfig, GPTModel, Tokenizer, pretrain
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -42,13 +42,17 @@ def test_the_python_blocks_run(tmp_path, monkeypatch):
     Path("more.txt").write_text("Another one, so that something can be held out. " * 20)
     tiny = {"context_length": 48, "num_layers": 1, "num_heads": 2, "model_dim": 16}
     pretrain(directory=Path("runs/books"), source=("*.txt",), vocab_size=300, steps=2, batch_size=2, **tiny)
+    tokenizer = Tokenizer.train(["text.txt"], kind="wordpiece", vocab_size=100)
+    BertModel.from_preset("bert-tiny", vocab_size=tokenizer.vocab_size, **tiny).save_pretrained("runs/bert")
+    tokenizer.save_pretrained("runs/bert")
+    Path("reviews.csv").write_text("text,label\n" + "a sentence,good\nno time at all,bad\n" * 20)
     original = GPTModel.from_preset.__func__
     monkeypatch.setattr(GPTModel, "from_preset", classmethod(lambda cls, name: original(cls, name, **tiny)))
 
     tokens = np.random.default_rng(0).integers(0, 50257, (4, 17)).astype("int32")
     namespace = {"dataset": tf.data.Dataset.from_tensors((tokens[:, :-1], tokens[:, 1:]))}
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(
             block.replace("max_new_tokens=32", "max_new_tokens=8").replace(
@@ -59,4 +63,5 @@ def test_the_python_blocks_run(tmp_path, monkeypatch):
             namespace,
         )
     assert Path("checkpoint/model.safetensors").is_file()
-    assert Path("saved_models/books/1/saved_model.pb").is_file()
+    for name in ("books", "reviews"):
+        assert Path(f"saved_models/{name}/1/saved_model.pb").is_file()

@@ -26,7 +26,8 @@ import numpy as np
 from {module} import {loader}
 
 model = {loader}(".")  # The directory of this file.
-outputs = model({{"token_ids": np.array([[0, 1, 2]], "int32")}})
+token_ids = np.array([[0, 1, 2]], "int32")
+outputs = {call}
 ```
 
 Or with transformers:
@@ -60,6 +61,8 @@ def readme(
         task = next((task for end, task in _TASKS.items() if hugging_face.endswith(end)), "feature-extraction")
     module, _, function = loader.rpartition(".")
     kind = type(model).__name__
+    writes = task in ("text-generation", "text2text-generation")
+    call = "model.generate(token_ids, max_new_tokens=16)" if writes else 'model({"token_ids": token_ids})'
     facts = {
         "Class": f"{kind} of lmzoo {__version__}, {hugging_face} of transformers",
         "Parameters": f"{model.count_params():,}",
@@ -73,5 +76,5 @@ def readme(
         library=library,
         tags=("lmzoo", "keras", model.config.model_type),
         facts=facts,
-        usage=_USAGE.format(module=module, loader=function, hugging_face=hugging_face),
+        usage=_USAGE.format(module=module, loader=function, hugging_face=hugging_face, call=call),
     )

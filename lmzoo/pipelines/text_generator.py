@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from lmzoo.data.tokenizers import Tokenizer
 from lmzoo.generation import SamplingOptions, StreamedTokens
-from lmzoo.models import CausalLM
+from lmzoo.models import CausalLM, Seq2SeqLM
 from lmzoo.pipelines.base import Pipeline, as_text
 
 Tensor = Any
@@ -88,7 +88,7 @@ class TextGenerator(Pipeline):
         seed: int | None = None,
         **options: Any,
     ) -> None:
-        if not hasattr(model, "decoder"):
+        if not hasattr(model, "decoder") or isinstance(model, Seq2SeqLM):
             raise ValueError(f"{type(model).__name__} does not continue texts: TextGenerator needs a causal LM.")
         super().__init__(model, tokenizer)
         config = model.config

@@ -305,7 +305,7 @@ class _Run:
             self.progress = dataclasses.replace(
                 before,
                 step=step,
-                next_example=self._example_at(step) if step < phase.stop else 0,
+                next_example=0 if step == phase.stop < self.config.steps else self._example_at(step),
                 replicas=self.replicas,
                 validation_loss=None,
                 recent_losses=tuple(self.guard.losses),

@@ -79,8 +79,8 @@ def byte_strings() -> st.SearchStrategy[bytes]:
 def generated_strings(count: int) -> list[bytes]:
     """So many different byte strings, drawn one by one by hypothesis, to be tried in one call.
 
-    A call costs more than its strings do, and within one example hypothesis repeats itself. Up to 200 are the same in
-    each run; `--hypothesis-seed` chooses the others.
+    A call costs more than its strings do, and within one example hypothesis repeats itself. They are the same in each
+    run.
     """
     strings = set()
 
@@ -88,7 +88,7 @@ def generated_strings(count: int) -> list[bytes]:
         max_examples=count + count // 5,
         deadline=None,
         database=None,
-        derandomize=count <= 200,
+        derandomize=True,
         suppress_health_check=list(HealthCheck),
     )
     @given(byte_strings())

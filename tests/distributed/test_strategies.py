@@ -224,6 +224,7 @@ def test_micro_batches_need_the_memory_of_one():
     assert eighth < whole / 3
 
 
+@pytest.mark.slow
 class TestPlainKeras:
     """Why the engine is there. A failure here means that Keras has been mended, and a part of the engine can go."""
 

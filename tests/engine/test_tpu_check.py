@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import SEQ2SEQ
 from tiny_models import LENGTH, VOCABULARY, TokenModel, flat_weights, token_data
 
 from lmzoo.engine import tpu_check
@@ -66,11 +67,14 @@ def test_the_step_holds_nothing_that_a_tpu_cannot_run(name, micro_batches):
     assert host_ops(model, token_data(8)) == []
 
 
-def test_the_step_of_a_language_model_holds_nothing_that_a_tpu_cannot_run(make_model):
-    model = make_model(dtype="mixed_bfloat16", dropout_rate=0.1)
+def test_the_step_of_a_language_model_holds_nothing_that_a_tpu_cannot_run(make_model, architecture):
+    both = {"generator_size": 1.0} if architecture == "electra" else {}
+    model = make_model(dtype="mixed_bfloat16", dropout_rate=0.1, **both)
     model.compile(micro_batches=2)
     tokens = tf.TensorSpec([4, 12], tf.int32)
     inputs = dict.fromkeys(("token_ids", "segment_ids", "positions"), tokens)
+    if architecture in SEQ2SEQ:
+        inputs |= dict.fromkeys(("decoder_token_ids", "decoder_segment_ids", "decoder_positions"), tokens)
     assert host_ops(model, (inputs, tokens, tf.TensorSpec([4, 12], tf.float32))) == []
 
 

@@ -162,7 +162,7 @@ def test_rules_that_leave_no_token_are_dropped():
 def test_words_that_may_not_come_whole():
     """One may begin in the prompt, or be one token; one that is longer than the text has not begun."""
     history = tf.constant([[3, 1, 2, 0], [1, 2, 9, 9], [2, 9, 9, 9]])
-    options = SamplingOptions(bad_words_ids=[[1, 2, 0], [2, 3], [2, 1, 2, 0, 1]])
+    options = SamplingOptions(bad_words_ids=[[1, 2, 0], [2, 3], [3, 3, 1, 2, 1]])
     scores = constrain(tf.ones([3, 4]), options, index=1, history=history, history_lengths=tf.constant([3, 2, 1]))
     np.testing.assert_array_equal(np.isneginf(scores), [[1, 0, 0, 1], [1, 0, 0, 1], [0, 0, 0, 1]])
     scores = constrain(tf.ones([1, 4]), SamplingOptions(bad_words_ids=[[2], [3]]), index=0)

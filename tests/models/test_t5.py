@@ -364,6 +364,7 @@ def test_evaluation_equals_numpy(make_model, smoothing):
         assert logs["accuracy"] == pytest.approx(accuracy, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_it_learns_to_copy_a_small_batch(make_model):
     model = make_model(num_decoder_layers=2)
     model.compile(keras.optimizers.Adam(1e-2))
@@ -378,6 +379,7 @@ def test_it_learns_to_copy_a_small_batch(make_model):
     np.testing.assert_array_equal(answers, np.pad(labels, ((0, 0), (0, 2))))
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing(make_model):
     results = []
     for micro_batches in (1, 2):
@@ -420,6 +422,7 @@ def test_greedy_equals_argmax_over_the_full_pass(model, greedy):
     np.testing.assert_array_equal(model.generate(sources, max_new_tokens=NEW, temperature=0.0), expected)
 
 
+@pytest.mark.slow
 def test_all_forms_of_sources_give_the_same(model):
     sources = random_sources(model, [2, 7, 4])
     expected = np.asarray(model.generate(sources, max_new_tokens=NEW, temperature=0.0))

@@ -93,9 +93,16 @@ def test_an_untied_head_is_refused(tmp_path):
         GPTModel.from_pretrained(rewritten(GOLDEN / "published", tmp_path, untie))
 
 
-def test_a_head_for_another_task_is_refused(tmp_path):
+def test_a_head_for_a_task_is_left_alone_and_an_unknown_tensor_refused(tmp_path):
     def classify(tensors):
         return tensors | {"score.weight": np.zeros((2, 8), "float32")}
 
-    with pytest.raises(ValueError, match=r"unknown: score\.weight \[2, 8\]"):
-        GPTModel.from_pretrained(rewritten(GOLDEN / "published", tmp_path, classify))
+    def judge(tensors):
+        return tensors | {"judge.weight": np.zeros((2, 8), "float32")}
+
+    bare = GPTModel.from_pretrained(GOLDEN / "published")
+    classifier = GPTModel.from_pretrained(rewritten(GOLDEN / "published", tmp_path, classify))
+    for one, other in zip(classifier.weights, bare.weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(ValueError, match=r"unknown: judge\.weight \[2, 8\]"):
+        GPTModel.from_pretrained(rewritten(GOLDEN / "published", tmp_path, judge))

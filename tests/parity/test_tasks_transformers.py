@@ -253,7 +253,7 @@ def test_every_head_of_every_architecture(kind, head, direction):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(case=cases())
 def test_random_configurations(direction, case):
     DIRECTIONS[direction](*case)

@@ -48,8 +48,8 @@ def texts_of_generate(prompts, **options):
     "options",
     [
         {"temperature": 0, "top_k": None},
-        {"temperature": 0.8, "top_k": 40},
-        {"temperature": 1.3, "top_k": None, "top_p": 0.7},
+        pytest.param({"temperature": 0.8, "top_k": 40}, marks=pytest.mark.slow),
+        pytest.param({"temperature": 1.3, "top_k": None, "top_p": 0.7}, marks=pytest.mark.slow),
         {"temperature": 1.0, "top_k": 50, "min_p": 0.1, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
     ],
 )
