@@ -170,8 +170,9 @@ def _joins(kinds: tf.Tensor, characters: Characters) -> tf.Tensor:
 
     def far() -> tf.Tensor:
         anchor = _last_without(has(kinds, _EXTEND), first)
-        # The character before the joiner, looked at from the joiner, which stands one place before.
-        picture = has(tf.gather(kinds, tf.roll(_before(anchor), 1, 0)), _PICTURE)
+        # The character before the joiner, looked at from the joiner, which stands one place before. There is none if
+        # the joiner begins a piece.
+        picture = has(tf.gather(kinds, tf.roll(_before(anchor), 1, 0)), _PICTURE) & ~_before(first)
         base = _before(_last_without(has(kinds, _LINKED), first))
         linkers = tf.cumsum(tf.cast(has(kinds, _LINKER), tf.int32))
         linked = has(tf.gather(kinds, base), _CONSONANT) & (tf.roll(linkers, 1, 0) > tf.gather(linkers, base))

@@ -109,7 +109,9 @@ def hard_strings(count: int) -> list[bytes]:
 
 
 def some_strings(count: int) -> list[bytes]:
-    return [*generated_strings(count), *hard_strings(count), *(text.encode() for text in TEXTS)]
+    # A joiner at the beginning of a text has no picture before it, though the text before may end with one.
+    neighbours = ["a \xa9", "\u200d\xae b"]
+    return [*generated_strings(count), *hard_strings(count), *(text.encode() for text in [*TEXTS, *neighbours])]
 
 
 def assert_twins(tokenizer: Tokenizer, strings: list[bytes]) -> None:
@@ -194,7 +196,7 @@ def unigram(pieces: dict[str, float], **options: bool) -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(spec)))
 
 
-@pytest.mark.parametrize("seeds", [range(3), pytest.param(range(20, 150), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seeds", [range(3), pytest.param(range(20, 60), marks=pytest.mark.slow)])
 def test_scores_of_any_kind(seeds):
     """Random pieces with scores among which many are equal, so that ties must be broken as the library does."""
     for seed in seeds:
