@@ -62,7 +62,7 @@ def readme(
     module, _, function = loader.rpartition(".")
     kind = type(model).__name__
     writes = task in ("text-generation", "text2text-generation")
-    call = "model.generate(token_ids, max_new_tokens=16)" if writes else 'model({"token_ids": token_ids})'
+    call = "model.generate(token_ids, max_new_tokens=16, seed=1)" if writes else 'model({"token_ids": token_ids})'
     facts = {
         "Class": f"{kind} of lmzoo {__version__}, {hugging_face} of transformers",
         "Parameters": f"{model.count_params():,}",

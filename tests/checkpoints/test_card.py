@@ -15,7 +15,7 @@ from lmzoo import checkpoints
 from lmzoo.checkpoints import CheckpointError, Metric, ModelCard, files
 from lmzoo.models import load_pretrained
 
-TESTED = ("gpt2", "bert", "electra")
+TESTED = ("gpt2", "bert", "electra", "t5")
 FULL = ModelCard(
     name="Movie critic",
     license="apache-2.0",
@@ -197,7 +197,7 @@ def test_every_model_has_a_card(make_model, architecture, tmp_path, monkeypatch)
     model = make_model()
     model.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    tasks = {"gpt2": "text-generation", "bert": "fill-mask", "electra": "feature-extraction"}
+    tasks = {"gpt2": "text-generation", "bert": "fill-mask", "electra": "feature-extraction", "t5": "text2text-generation"}
     front = front_matter(text)
     assert front["pipeline_tag"] == tasks[architecture]
     assert front["tags"] == ["lmzoo", "keras", architecture]
@@ -208,7 +208,10 @@ def test_every_model_has_a_card(make_model, architecture, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(usage(text)[0], names)
-    np.testing.assert_array_equal(names["outputs"], model(np.array([[0, 1, 2]], "int32")))
+    token_ids = np.array([[0, 1, 2]], "int32")
+    writes = front["pipeline_tag"] in ("text-generation", "text2text-generation")
+    expected = model.generate(token_ids, max_new_tokens=16, seed=1) if writes else model(token_ids)
+    np.testing.assert_array_equal(names["outputs"], expected)
 
 
 def test_a_model_writes_the_card_it_was_given(make_model, tmp_path):
