@@ -197,7 +197,12 @@ def test_every_model_has_a_card(make_model, architecture, tmp_path, monkeypatch)
     model = make_model()
     model.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    tasks = {"gpt2": "text-generation", "bert": "fill-mask", "electra": "feature-extraction", "t5": "text2text-generation"}
+    tasks = {
+        "gpt2": "text-generation",
+        "bert": "fill-mask",
+        "electra": "feature-extraction",
+        "t5": "text2text-generation",
+    }
     front = front_matter(text)
     assert front["pipeline_tag"] == tasks[architecture]
     assert front["tags"] == ["lmzoo", "keras", architecture]

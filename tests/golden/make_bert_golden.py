@@ -57,6 +57,7 @@ def make_model(model_type, seed, head=None, **shape):
     import torch
     import transformers
 
+    torch.manual_seed(seed)
     names = NAMES.get(model_type, {})
     config = transformers.AutoConfig.for_model(model_type, **{names.get(name, name): shape[name] for name in shape})
     model = getattr(transformers, head or HEADS[model_type])(config).eval()

@@ -27,6 +27,7 @@ def make_model(seed, **config):
     import torch
     import transformers
 
+    torch.manual_seed(seed)
     ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**ids, **config)).eval()
     generator = torch.Generator().manual_seed(seed)

@@ -38,6 +38,7 @@ def make_model(seed, *, untied, scale=0.3, kind="T5", **config):
     import torch
     import transformers
 
+    torch.manual_seed(seed)
     config = {"dropout_rate": 0.0, "decoder_start_token_id": 0, "tie_word_embeddings": not untied, **config}
     model_class = getattr(transformers, f"{kind}ForConditionalGeneration")
     model = model_class(getattr(transformers, f"{kind}Config")(**config)).eval()

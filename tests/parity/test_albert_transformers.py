@@ -7,6 +7,7 @@ import runpy
 import tempfile
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -76,6 +77,7 @@ def check_from_transformers(kind, shape, seed, batch):
 def check_to_transformers(kind, shape, seed, batch):
     import transformers
 
+    keras.utils.set_random_seed(seed)
     model_class = CLASSES[kind]
     values = make_theirs(kind, seed, shape).config.to_dict()
     ours = model_class(model_class.config_class.from_hugging_face(values).replace(dropout_rate=0.0))

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -69,6 +70,7 @@ def check_from_transformers(kind, shape, seed, batch):
 def check_to_transformers(kind, shape, seed, batch):
     import transformers
 
+    keras.utils.set_random_seed(seed)
     model_class = ARCHITECTURES[kind]
     values = make_model(kind, seed, **shape).config.to_dict()
     ours = model_class(model_class.config_class.from_hugging_face(values).replace(dropout_rate=0.0))

@@ -7,6 +7,7 @@ import runpy
 import tempfile
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -67,6 +68,7 @@ def check_from_transformers(shape, seed, batch):
 def check_to_transformers(shape, seed, batch):
     import transformers
 
+    keras.utils.set_random_seed(seed)
     ours = GPTModel(GPTConfig.from_hugging_face({**shape, "eos_token_id": 0, "resid_pdrop": 0.0}))
     random = np.random.default_rng(seed)
     for variable in ours.trainable_variables:

@@ -51,8 +51,8 @@ def assert_parity(model, batch, answers, tolerance=1e-5):
     The reference is the tolerance's scale: logits of untied heads of random models are tens, and so are gradients.
     """
 
-    def compare(actual, expected, name):
-        scale = max(1.0, float(np.abs(expected).max(initial=0.0)))
+    def compare(actual, expected, name, factor=1.0):
+        scale = factor * max(1.0, float(np.abs(expected).max(initial=0.0)))
         np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale, err_msg=name)
 
     mask, seen = batch["padding_mask"], batch["padding_mask"].any(axis=1)
@@ -65,7 +65,8 @@ def assert_parity(model, batch, answers, tolerance=1e-5):
     compared = [name.removeprefix("gradient.") for name in answers if name.startswith("gradient.")]
     assert compared
     for name in compared:
-        compare(gradients[name], answers[f"gradient.{name}"], name)
+        # Scores without a scale let the rounding of one pass grow in the other.
+        compare(gradients[name], answers[f"gradient.{name}"], name, factor=5.0)
 
 
 def golden(case):
