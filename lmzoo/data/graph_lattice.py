@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import tensorflow as tf
 
 from lmzoo.data.graph_code_points import row_ids
+from lmzoo.data.graph_trees import CODE_POINT_BITS, token_trees
 
 _UNKNOWN_PENALTY = 10.0  # below the lowest score of a piece, for a character that is none
-_CODE_POINT_BITS = 21
 
 
 class Lattice(tf.Module):
@@ -29,27 +28,8 @@ class Lattice(tf.Module):
 
     def __init__(self, vocabulary: Sequence[Sequence[str | float]], unknown: int, byte_fallback: bool):
         super().__init__()
-        children: dict[int, int] = {}
-        token_of = [-1]
-        ids: dict[str, int] = {}
-        for index, (token, _) in enumerate(vocabulary):
-            ids[str(token)] = index
-        for text, index in ids.items():
-            node = 0
-            for character in text:
-                key = node << _CODE_POINT_BITS | ord(character)
-                child = children.get(key)
-                if child is None:
-                    child = children[key] = len(token_of)
-                    token_of.append(-1)
-                node = child
-            if text:
-                token_of[node] = index
-        children = children or {-1: 0}  # a table must not be empty
-        self._token_of = tf.constant(token_of, tf.int64)
-        keys = tf.constant(np.fromiter(children, np.int64, len(children)))
-        values = tf.constant(np.fromiter(children.values(), np.int64, len(children)))
-        self._children = tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(keys, values), default_value=-1)
+        ids = {str(token): index for index, (token, _) in enumerate(vocabulary)}
+        self._token_of, self._children = token_trees(ids)
         scores = [float(score) for _, score in vocabulary]
         self._scores = tf.constant(scores, tf.float64)
         self._unknown, self._unknown_score = unknown, min(scores) - _UNKNOWN_PENALTY
@@ -99,7 +79,7 @@ class Lattice(tf.Module):
             here = tf.where(inside, here, at)
             inside &= tf.gather(word, here) == tf.gather(word, at)
             at, node, here = (tf.boolean_mask(values, inside) for values in (at, node, here))
-            node = self._children.lookup(node * (1 << _CODE_POINT_BITS) + tf.gather(characters, here))
+            node = self._children.lookup(node * (1 << CODE_POINT_BITS) + tf.gather(characters, here))
             ok = tf.where(node >= 0)[:, 0]
             at, node = tf.gather(at, ok), tf.gather(node, ok)
             token = tf.gather(self._token_of, node)

@@ -12,14 +12,12 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-import numpy as np
 import tensorflow as tf
 import tokenizers
 
 from lmzoo.data.graph_code_points import DROPPED, LETTER, ORDERS, SPACE, CodePointTable, Expanded, row_ids
 from lmzoo.data.graph_tokenizers import SPECIAL, PieceGraphTokenizer, decoded, require, string_table
-
-_CODE_POINT_BITS = 21
+from lmzoo.data.graph_trees import CODE_POINT_BITS, token_trees
 
 
 class WordPieceGraphTokenizer(PieceGraphTokenizer):
@@ -199,24 +197,8 @@ class _PieceTable(tf.Module):
 
     def __init__(self, first: dict[str, int], inside: dict[str, int]):
         super().__init__()
-        children: dict[int, int] = {}
-        token_of = [-1, -1]  # of each node; node 0 is the root of `first`, node 1 of `inside`
-        for root, tokens in enumerate((first, inside)):
-            for token, index in tokens.items():
-                node = root
-                for character in token:
-                    key = node << _CODE_POINT_BITS | ord(character)
-                    child = children.get(key)
-                    if child is None:
-                        child = children[key] = len(token_of)
-                        token_of.append(-1)
-                    node = child
-                if token:
-                    token_of[node] = index
-        self._token_of = tf.constant(token_of, tf.int64)
-        keys = tf.constant(np.fromiter(children, np.int64, len(children)))
-        values = tf.constant(np.fromiter(children.values(), np.int64, len(children)))
-        self._children = tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer(keys, values), default_value=-1)
+        # Node 0 is the root of `first`, node 1 of `inside`.
+        self._token_of, self._children = token_trees(first, inside)
 
     def cut(self, characters: tf.Tensor, word: tf.Tensor, unknown: int) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Cuts words.
@@ -270,7 +252,7 @@ class _PieceTable(tf.Module):
             here = tf.where(inside, here, at)
             inside &= tf.gather(word, here) == tf.gather(word, at)
             at, node, here = (tf.boolean_mask(values, inside) for values in (at, node, here))
-            node = self._children.lookup(node * (1 << _CODE_POINT_BITS) + tf.gather(characters, here))
+            node = self._children.lookup(node * (1 << CODE_POINT_BITS) + tf.gather(characters, here))
             found = node >= 0
             at, node = tf.boolean_mask(at, found), tf.boolean_mask(node, found)
             token = tf.gather(self._token_of, node)

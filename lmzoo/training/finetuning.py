@@ -12,7 +12,6 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from lmzoo import checkpoints
 from lmzoo.checkpoints.card import README
@@ -33,7 +32,7 @@ from lmzoo.training.evaluation import share_out
 from lmzoo.training.finetune_card import make_card
 from lmzoo.training.finetune_settings import FREE_SETTINGS, SETTINGS_FILE, FinetuneConfig
 from lmzoo.training.finetune_tasks import RECIPES, TaskRecipe
-from lmzoo.training.guards import LossGuard, StallWatch, StopOnTermination, Termination
+from lmzoo.training.guards import LossGuard, StallWatch, StopOnTermination, Termination, told_of_lost_workers
 from lmzoo.training.metrics import Scores
 from lmzoo.training.prediction import Predictor, mean_loss, static_width
 from lmzoo.training.settings import is_known, write_settings
@@ -93,14 +92,8 @@ def finetune(
         config = FinetuneConfig(**fields)
     else:
         config = dataclasses.replace(config, **fields)
-    with Termination() as termination:
-        try:
-            return _Run(config, termination, say).finish()
-        except (tf.errors.UnavailableError, tf.errors.DeadlineExceededError) as error:
-            reason = next(iter(error.message.splitlines()), "")
-            raise ConnectionError(
-                f"lost another worker ({reason}). Start all of them again, to go on from the newest checkpoint."
-            ) from error
+    with Termination() as termination, told_of_lost_workers():
+        return _Run(config, termination, say).finish()
 
 
 class _Run:

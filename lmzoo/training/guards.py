@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from lmzoo.engine.model import ReplicatedModel
 from lmzoo.engine.strategy import num_workers
@@ -61,6 +62,18 @@ class Termination:
         self.requested = True
         if not self._held:
             raise SystemExit(0)
+
+
+@contextlib.contextmanager
+def told_of_lost_workers() -> Iterator[None]:
+    """Inside, what TensorFlow raises when another worker is gone becomes a ConnectionError that says what to do."""
+    try:
+        yield
+    except (tf.errors.UnavailableError, tf.errors.DeadlineExceededError) as error:
+        reason = next(iter(error.message.splitlines()), "")
+        raise ConnectionError(
+            f"lost another worker ({reason}). Start all of them again, to go on from the newest checkpoint."
+        ) from error
 
 
 def _is_main_thread() -> bool:

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tensorflow as tf
-
 from lmzoo.checkpoints import read_config
 from lmzoo.checkpoints.card import README
 from lmzoo.data.masking import TokenFacts
@@ -26,7 +24,14 @@ from lmzoo.training.callbacks import MetricsLog, measure_peak_flops
 from lmzoo.training.checkpointing import CheckpointStore, Progress
 from lmzoo.training.corpora import make_corpora, open_corpora, unigram_entropy
 from lmzoo.training.evaluation import Evaluation, evaluate_model, held_out_batches, share_out
-from lmzoo.training.guards import LossGuard, LossSpikeError, StallWatch, StopOnTermination, Termination
+from lmzoo.training.guards import (
+    LossGuard,
+    LossSpikeError,
+    StallWatch,
+    StopOnTermination,
+    Termination,
+    told_of_lost_workers,
+)
 from lmzoo.training.objectives import choose_objective, make_objective
 from lmzoo.training.phases import Phase, add_up, make_phases
 from lmzoo.training.pretrain_card import make_card
@@ -81,14 +86,8 @@ def pretrain(
         OSError: a file could not be written, or another worker is gone. The checkpoints that are there are whole.
     """
     config = dataclasses.replace(config, **fields) if config is not None else PretrainConfig(**fields)
-    with Termination() as termination:
-        try:
-            return _Run(config, termination, say).finish()
-        except (tf.errors.UnavailableError, tf.errors.DeadlineExceededError) as error:
-            reason = next(iter(error.message.splitlines()), "")
-            raise ConnectionError(
-                f"lost another worker ({reason}). Start all of them again, to go on from the newest checkpoint."
-            ) from error
+    with Termination() as termination, told_of_lost_workers():
+        return _Run(config, termination, say).finish()
 
 
 class _Run:

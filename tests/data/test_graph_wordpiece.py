@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tokenizers
+from exported_tokenizers import assert_export_runs_without_lmzoo
 from tokenizer_texts import TEXTS, generated_strings, training_text
 from tokenizers import AddedToken, processors
 
@@ -232,48 +233,5 @@ def test_pages_hold_equal_parts_once(uncased):
     assert np.max(table._page_of) < 0x110000 // 256 // 4
 
 
-LOAD = """
-import json, sys
-
-sys.modules.update(dict.fromkeys(("lmzoo", "keras", "tokenizers", "tensorflow_text")))  # so that they cannot be had
-import tensorflow as tf
-
-loaded = tf.saved_model.load(sys.argv[1])
-texts = tf.constant(json.loads(sys.argv[2]))
-ids, offsets = loaded.tokenizer.encode_with_offsets(texts)
-pairs = loaded.signatures["serving_default"](texts)
-print(json.dumps({
-    "ids": ids.to_list(),
-    "offsets": offsets.to_list(),
-    "decoded": [t.decode() for t in loaded.tokenizer.decode(ids).numpy()],
-    "pairs": pairs["ids"].numpy().tolist(),
-}))
-"""
-
-
-class Reader(tf.Module):
-    """A pipeline without a model: pairs of a text and itself."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        super().__init__()
-        self.tokenizer = tokenizer.graph
-
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
-    def serve(self, texts):
-        return {"ids": self.tokenizer.encode_pairs(texts, texts, max_length=9).token_ids.to_tensor(-1)}
-
-
 def test_export_runs_without_lmzoo(uncased, tmp_path):
-    module = Reader(uncased)
-    tf.saved_model.save(module, tmp_path / "reader", signatures=module.serve)
-    texts = [*TEXTS, "a [MASK] é 中文"]
-    command = [sys.executable, "-c", LOAD, str(tmp_path / "reader"), json.dumps(texts)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    answer = json.loads(result.stdout)
-    expected = uncased._backend.encode_batch(texts, add_special_tokens=False)
-    assert answer["ids"] == [encoding.ids for encoding in expected]
-    assert answer["offsets"] == [list(map(list, encoding.offsets)) for encoding in expected]
-    assert answer["decoded"] == uncased.decode(answer["ids"])
-    pairs = uncased.encode_pairs(texts, texts, max_length=9).token_ids
-    assert [[index for index in row if index >= 0] for row in answer["pairs"]] == pairs
+    assert_export_runs_without_lmzoo(uncased, [*TEXTS, "a [MASK] é 中文"], tmp_path)
