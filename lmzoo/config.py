@@ -23,7 +23,8 @@ class ActivationBytes:
     Args:
         num_blocks: how many blocks there are.
         block: what a block keeps of its forward pass until it goes backward.
-        block_backward: the most that exists at a time while a block goes backward, what it keeps included.
+        block_backward: the most that exists at a time while a block goes backward, what it keeps included: the middle
+            between an executor's best order and its worst.
         block_input: what is kept of a block instead if it is recomputed: what it is given.
         shared: what is given to all blocks alike, and kept if they are recomputed.
         ends: what is kept outside of the blocks.

@@ -103,15 +103,17 @@ class TransformerConfig(ModelConfig):
         mask = scores if drops else 0
         attention = (4 + (size if is_mixed or drops else 0)) * scores + mask  # Softmax; as cast, or after dropout.
         block = 2 * norm + heads + feedforward + attention + (2 * hidden if drops else 0)
-        # Going backward, the feed-forward network comes first. Its activations are gone when the attention's gradients
-        # come: of the probabilities, their product with those, and of the scores.
-        through_feedforward = block + (2 * 4 + (size if is_mixed else 0)) * inner + 2 * 4 * hidden
-        in_attention = (16 + size if is_mixed else 12) * scores + mask
-        through_attention = block - feedforward - norm - attention + in_attention + 3 * 4 * hidden
+        # Going backward, the feed-forward network comes first. At best its activations are gone when the attention's
+        # gradients come: of the probabilities, their product with those, and of the scores. At worst they are still
+        # there, since an executor may leave the gradients of kernels, which nothing waits for, until the end.
+        by_feedforward = (2 * 4 + (size if is_mixed else 0)) * inner + 2 * 4 * hidden
+        by_attention = (16 + size if is_mixed else 12) * scores + mask - attention + 3 * 4 * hidden
+        best = block + max(by_feedforward, by_attention - feedforward - norm)
+        worst = block + by_feedforward + by_attention
         return ActivationBytes(
             num_blocks=self.num_layers,
             block=block,
-            block_backward=max(through_feedforward, through_attention),
+            block_backward=(best + worst) // 2,
             block_input=size * hidden,
             shared=rows * seq_length * seq_length * size,  # The attention bias, [B, 1, T, T].
             ends=norm + 4 * hidden + (hidden if drops else 0),
