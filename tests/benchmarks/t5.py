@@ -1,8 +1,8 @@
 """T5-small (60.5M), random weights: a training step of 4 rows of span corruption, 512 to 114 tokens, with AdamW; and 64
 tokens written for each of 8 sources of 64 tokens, greedily and by four beams.
 
-keras-hub's T5 has neither a head nor a decoding step: its step uses its own embedding as the head, and its greedy decoding
-runs the whole backbone for each token. Tokens of a training step are those of both sides.
+keras-hub's T5 has neither a head nor a decoding step: its step uses its own embedding as the head, and its greedy
+decoding runs the whole backbone for each token. Tokens of a training step are those of both sides.
 """
 
 from __future__ import annotations

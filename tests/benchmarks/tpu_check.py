@@ -1,8 +1,8 @@
 """A pretraining step of published shapes, compiled for a TPU topology on a machine without a TPU.
 
 Needs the extra tpu-check. A case is PRESET,LENGTH,ROWS,MICRO_BATCHES,REMAT: tokens a row, rows a replica, in how many
-parts, and "block" to compute blocks again going backward; each is what `lmzoo pretrain` would run in bfloat16 with AdamW
-and dropout, packed. Figures of cases that are not asked for stay in the file.
+parts, and "block" to compute blocks again going backward; each is what `lmzoo pretrain` would run in bfloat16 with
+AdamW and dropout, packed. Figures of cases that are not asked for stay in the file.
 """
 
 from __future__ import annotations
