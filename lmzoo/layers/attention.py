@@ -63,7 +63,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropo
     scores = ops.matmul(query, ops.swapaxes(key, 2, 3))  # [B, N, T, S]
     if bias is not None:
         scores = scores + bias
-    probabilities = ops.cast(ops.softmax(ops.cast(scores, "float32"), axis=-1), value.dtype)
+    if scores.shape[-1] == 1:  # The only key gets all of it: no softmax, of which Keras would warn.
+        probabilities = ops.ones_like(scores, dtype=value.dtype)
+    else:
+        probabilities = ops.cast(ops.softmax(ops.cast(scores, "float32"), axis=-1), value.dtype)
     return ops.matmul(dropout(probabilities), value)  # [B, N, T, H]
 
 

@@ -323,7 +323,6 @@ def test_facts_of_a_tokenizer():
         (lambda: UL2(FACTS, modes=True), "of mode NLU, but the tokenizer has mode tokens for none"),
         (lambda: SpanCorruption(SentinelFacts(EOS)), "no sentinels"),
         (lambda: SpanCorruption(SentinelFacts(EOS, (9, 8))).costs(64), "up to 3 spans, but the tokenizer has 2 sent"),
-        (lambda: DecoderLM(FACTS, separate_documents=True), "separate_documents: True; rows have one token to read"),
         (lambda: SpanCorruption(FACTS).costs(2), "seq_length: 2; it is too short"),
     ],
 )
