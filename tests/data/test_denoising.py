@@ -237,6 +237,8 @@ def test_the_decoder_alone_writes_the_text(tmp_path):
     texts = [target for _, target in texts_of(batch)]
     assert [*itertools.chain(*texts)] == corpus.take(np.arange(70)).tolist()
     assert list(map(len, texts)) == [29, 29, 12]
+    run = batches(corpus, DecoderLM(FACTS, separate_documents=True), seq_length=30, batch_size=3, shuffle=False)
+    assert [len(target) for _, target in texts_of(run.batch_at(0))] == [29, 21, 20]
 
 
 def test_denoisers_are_drawn_at_their_rates(corpus):
