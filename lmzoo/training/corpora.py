@@ -118,7 +118,7 @@ def make_corpora(
 
 def open_corpora(config: PretrainConfig) -> tuple[Tokenizer, Corpus, Corpus]:
     """The tokenizer, and the corpora to train and to validate on."""
-    prepared = config.corpus or Path(config.directory) / "corpus"
+    prepared = Path(config.corpus or Path(config.directory) / "corpus")
     tokenizer = Tokenizer.from_pretrained(prepared / "tokenizer")
     return tokenizer, Corpus.open(prepared / "train", tokenizer), Corpus.open(prepared / "validation", tokenizer)
 
