@@ -16,7 +16,7 @@ import tyro
 
 from lmzoo.engine.launch import launch
 from lmzoo.generation.sampling import SamplingOptions
-from lmzoo.training import FinetuneConfig, PlanConfig, PretrainConfig
+from lmzoo.training import FinetuneConfig, ObjectiveName, PlanConfig, PretrainConfig
 
 FlatPretrainConfig = Annotated[PretrainConfig, tyro.conf.OmitArgPrefixes]
 FlatFinetuneConfig = Annotated[FinetuneConfig, tyro.conf.OmitArgPrefixes]
@@ -34,6 +34,8 @@ def prepare(
     tokenizer: str = "bpe",
     vocab_size: int | None = None,
     masked: bool = False,
+    num_sentinels: int = 0,
+    mode_tokens: bool = False,
     validation_fraction: float = 0.05,
     num_processes: int = 1,
     seed: int = 0,
@@ -44,9 +46,11 @@ def prepare(
     Args:
         source: Text: files, globs, *.jsonl, *.parquet, tfds:NAME, or pydoc.
         directory: Where train/, validation/ and tokenizer/ go.
-        tokenizer: Kind to train (bpe, wordpiece, unigram or char), or a directory or file to load.
+        tokenizer: Kind to train (bpe, wordpiece, unigram, char or byte), or a directory or file to load.
         vocab_size: Size of a tokenizer that is trained.
         masked: For masked LM: the tokenizer has a mask token, and no token ends a document.
+        num_sentinels: For T5: tokens that mark spans, such as 100, and no token ends a document.
+        mode_tokens: For UL2: a token for each mode of its denoisers.
         validation_fraction: Share of the documents that is held out.
         num_processes: Processes that encode; one uses all cores where the tokenizer can.
         seed: Of the split.
@@ -55,7 +59,9 @@ def prepare(
     from lmzoo.data.prepare import prepare as run
     from lmzoo.training import make_tokenizer
 
-    made = make_tokenizer(tokenizer, source, vocab_size, masked=masked)
+    made = make_tokenizer(
+        tokenizer, source, vocab_size, masked=masked, num_sentinels=num_sentinels, mode_tokens=mode_tokens
+    )
     prepared = run(
         source,
         made,
@@ -63,7 +69,7 @@ def prepare(
         validation_fraction=validation_fraction,
         num_processes=num_processes,
         seed=seed,
-        end_documents=not masked,
+        end_documents=not (masked or num_sentinels),
         overwrite=overwrite,
     )
     for part in (prepared.train, prepared.validation):
@@ -94,9 +100,12 @@ def plan(config: FlatPlanConfig) -> None:
 def evaluate(
     model: tyro.conf.Positional[Path],
     data: tyro.conf.Positional[tuple[str, ...]],
-    objective: Literal["auto", "causal", "mlm", "mlm+nsp", "mlm+sop"] = "auto",
+    objective: ObjectiveName = "auto",
     mask_rate: float = 0.15,
     mask_unit: Literal["token", "word", "span"] = "token",
+    noise_density: float = 0.15,
+    mean_span_length: float | None = None,
+    mode_tokens: bool = False,
     packing: Literal["stream", "pad", "best-fit"] | None = None,
     seq_length: int | None = None,
     batch_size: int = 16,
@@ -112,9 +121,12 @@ def evaluate(
     Args:
         model: Directory of a checkpoint or of a run.
         data: Directory written by `lmzoo prepare`; for a fine-tuned model, files of examples or tfds:NAME@SPLIT.
-        objective: What is scored, next tokens or hidden ones; auto is the architecture's own.
+        objective: What is scored, as in training; auto is the architecture's own.
         mask_rate: Share of the tokens that masked LM hides, the same ones each time.
         mask_unit: What is hidden at a time.
+        noise_density: Share of the tokens that span corruption takes out, the same ones each time.
+        mean_span_length: Tokens that it takes out in a row, on average; by default 3, or 20 bytes.
+        mode_tokens: Whether UL2 says what its denoisers are for.
         packing: How documents become rows; by default as in training.
         seq_length: Tokens a row; by default the model's context length.
         batch_size: Rows a batch.
@@ -138,6 +150,9 @@ def evaluate(
         objective=objective,
         mask_rate=mask_rate,
         mask_unit=mask_unit,
+        noise_density=noise_density,
+        mean_span_length=mean_span_length,
+        mode_tokens=mode_tokens,
         packing=packing,
         seq_length=seq_length,
         batch_size=batch_size,

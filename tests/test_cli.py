@@ -104,6 +104,7 @@ def test_help_says_what_there_is(tmp_path, command):
         ("quickstart", ("--directory", "run", "--export", "served"), "served/1/saved_model.pb"),
         ("pretrain_gpt", (), "runs/gpt-smoke/metrics.jsonl"),
         ("pretrain_bert", (), "runs/bert-smoke/metrics.jsonl"),
+        ("pretrain_t5", (), "runs/t5-smoke/metrics.jsonl"),
         ("finetune_classifier", (), "saved_models/run/1/saved_model.pb"),
         ("finetune_tagger", (), "saved_models/run/1/saved_model.pb"),
         ("finetune_qa", (), "saved_models/run/1/saved_model.pb"),

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from lmzoo.data.tokenizers import Tokenizer
 
 _CUT = 200  # what random numbers are for; others than those of masking
-_MODES = ("[NLU]", "[NLG]", "[S2S]")
+MODE_TOKENS = ("[NLU]", "[NLG]", "[S2S]")
+"""UL2's, for tasks of understanding, of writing freely, and of going on with a text."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class SentinelFacts:
         sentinels: list[int] = []
         while (index := tokenizer.token_to_id(f"{mark}<extra_id_{len(sentinels)}>")) is not None:
             sentinels.append(index)
-        found = ((mode.strip("[]"), tokenizer.token_to_id(mode)) for mode in _MODES)
+        found = ((mode.strip("[]"), tokenizer.token_to_id(mode)) for mode in MODE_TOKENS)
         modes = tuple((mode, index) for mode, index in found if index is not None)
         return cls(eos, tuple(sentinels), pad, pad, modes)
 

@@ -299,15 +299,13 @@ class PrefixLM(_Denoising):
 class DecoderLM(_Denoising):
     """Write a text, from nothing: causal language modelling by the decoder alone.
 
-    The encoder reads the end of a text, one token; T is the number of the decoder's places, U.
-
-    Raises:
-        ValueError: documents are to share rows, where each would need a token of its own to be read.
+    The encoder reads the end of a text, one token, so a row holds one text; T is the number of the decoder's places, U.
     """
 
-    def __post_init__(self) -> None:
-        if self.separate_documents:
-            raise ValueError("separate_documents: True; rows have one token to read, so take packing='pad' instead")
+    @property
+    def packings(self) -> tuple[Method, ...]:
+        """The methods of packing whose rows it can take."""
+        return ("pad",) if self.separate_documents else ("stream", "pad")
 
     def _source_width(self, seq_length: int) -> int:
         return 1

@@ -15,6 +15,12 @@ Batch: TypeAlias = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]
 """Inputs by name, labels int32 and weights float32."""
 
 
+def lengths_of(batch: Batch) -> tuple[int, ...]:
+    """Places in the rows of a batch: T, and U too where there is a decoder."""
+    sides = ("token_ids", "decoder_token_ids")
+    return tuple(batch[0][side].shape[1] for side in sides if side in batch[0])
+
+
 class Rows(NamedTuple):
     """Rows of packed text.
 

@@ -8,6 +8,7 @@ on many.
 
 import atexit
 import copy
+import functools
 import math
 import threading
 import time
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmzoo.data.corpus import Corpus
-from lmzoo.data.objectives import Batch, Objective, Rows
+from lmzoo.data.objectives import Batch, Objective, Rows, lengths_of
 from lmzoo.data.packing import Method, Packing, pack
 from lmzoo.data.randomness import GOLDEN, mix
 
@@ -30,6 +31,7 @@ _LEAST_BITS = 6  # with fewer, some orders of a handful of rows come up measurab
 _PARALLEL_CALLS = 2
 _PREFETCH = 4
 _ATTEMPTS = 10  # to draw a row of another document
+_SAMPLE = 256  # rows, to see how much of them is padding
 _QUIET_SECONDS = 0.1
 _LONGEST_WAIT_SECONDS = 10.0
 _LEAST = {"seq_length": 1, "batch_size": 1, "seed": 0, "start_index": 0, "num_examples": 1, "epochs": 1}
@@ -106,10 +108,28 @@ class Batches:
         """Examples in a pass over the corpus."""
         return self._packed.num_rows
 
-    @property
+    @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Places in the rows of a batch: T, and U too where there is a decoder."""
+        return lengths_of(self.examples(np.zeros(1, np.int64)))
+
+    @functools.cached_property
     def real_share(self) -> float:
-        """Share of the places in rows that are no padding, over an epoch."""
-        return self._packed.num_places / (self._packed.num_rows * self._packed.seq_length)
+        """Share of the places in rows that are no padding, over an epoch.
+
+        Where there is a decoder, of the places on both sides, in a sample of the rows.
+        """
+        if len(self.lengths) == 1:
+            return self._packed.num_places / (self._packed.num_rows * self._packed.seq_length)
+        inputs, _, weights = self.examples(self.spread(_SAMPLE))
+        read = inputs["segment_ids"] if "segment_ids" in inputs else inputs["padding_mask"]
+        return float(((read > 0).sum() + (weights > 0).sum()) / (len(weights) * sum(self.lengths)))
+
+    def spread(self, most: int) -> np.ndarray:
+        """Indices of at most so many examples, evenly spread over the first epoch."""
+        end = self.rows_per_epoch if self.stop_index is None else min(self.rows_per_epoch, self.stop_index)
+        number = min(end, most)
+        return np.arange(number) * end // number
 
     @property
     def stop_index(self) -> int | None:

@@ -188,7 +188,6 @@ def _train_unigram(
     therefore rounded, those characters all get the lowest score, and equal scores are ordered by the token.
     """
     unknown = _required("unk_token", "<unk>", special, roles, "unigram")
-    vocab_size -= len(sentinels)
     tokenizer = tokenizers.Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Nmt(), normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")]
@@ -196,7 +195,7 @@ def _train_unigram(
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
-        vocab_size=max(vocab_size, 0),
+        vocab_size=max(vocab_size - len(sentinels), 0),
         special_tokens=[_added(token, roles) for token in special],
         unk_token=unknown,
         show_progress=False,
@@ -209,7 +208,8 @@ def _train_unigram(
         raise ValueError(f"vocab_size={vocab_size} is too small for this text: {error}. Raise vocab_size.") from error
     spec = json.loads(tokenizer.to_str())
     pieces = [(token, score) for token, score in spec["model"]["vocab"] if token not in special]
-    _check_size(vocab_size, len(special) + len(pieces), "the characters of the text and the special tokens")
+    needed = len(special) + len(pieces) + len(sentinels)
+    _check_size(vocab_size, needed, "the characters of the text and the special tokens")
     lowest = min((score for _, score in pieces), default=0.0)
     forced = lowest + 1e-4 * sum(len(token) == 1 for token, _ in pieces)
     pieces = [(token, lowest if len(token) == 1 and score <= forced else score) for token, score in pieces]

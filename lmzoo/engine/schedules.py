@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -167,11 +169,12 @@ class InverseSquareRoot(WarmupSchedule):
         return {**super().get_config(), "flat": self.flat}
 
 
-SCHEDULES: dict[str, type[WarmupSchedule]] = {
+SCHEDULES: dict[str, Callable[..., WarmupSchedule]] = {
     "constant": Constant,
     "cosine": Cosine,
     "linear": Linear,
     "inverse_sqrt": InverseSquareRoot,
+    "inverse_sqrt_flat": functools.partial(InverseSquareRoot, flat=True),
     "wsd": WarmupStableDecay,
 }
 
@@ -187,10 +190,10 @@ def make_schedule(
     """Returns a schedule by name; what a schedule has no use for is left out.
 
     Args:
-        name: a key of `SCHEDULES`: constant, cosine, linear, inverse_sqrt or wsd.
+        name: a key of `SCHEDULES`: constant, cosine, linear, inverse_sqrt, inverse_sqrt_flat or wsd.
         peak: highest learning rate.
         total_steps: optimizer steps of the whole training.
-        warmup_steps: steps of the linear rise.
+        warmup_steps: steps of the linear rise; of "inverse_sqrt_flat", those at `peak`.
         final: learning rate at the end, as a share of `peak`.
         decay_steps: steps of the descent of "wsd".
 
@@ -199,7 +202,7 @@ def make_schedule(
     """
     if name not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, but is {name!r}.")
-    if name in ("constant", "inverse_sqrt"):
+    if name not in ("cosine", "linear", "wsd"):
         return SCHEDULES[name](peak, warmup_steps)
     settings: dict[str, Any] = {"total_steps": total_steps, "warmup_steps": warmup_steps, "final": final}
     if name == "wsd":

@@ -63,8 +63,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropo
     scores = ops.matmul(query, ops.swapaxes(key, 2, 3))  # [B, N, T, S]
     if bias is not None:
         scores = scores + bias
-    probabilities = ops.cast(ops.softmax(ops.cast(scores, "float32"), axis=-1), value.dtype)
+    probabilities = ops.cast(_softmax(ops.cast(scores, "float32")), value.dtype)
     return ops.matmul(dropout(probabilities), value)  # [B, N, T, H]
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the last axis; a single key gets all of it, of which Keras would warn."""
+    if scores.shape[-1] == 1:
+        return ops.exp(ops.log_softmax(scores, axis=-1))
+    return ops.softmax(scores, axis=-1)
 
 
 def _scaled(query: Tensor, scale: float | None) -> Tensor:

@@ -42,7 +42,7 @@ class LanguageModel(ReplicatedModel):
         checkpoint_tied: name that a checkpoint may hold beside the model's, or in place of it -> the one it must equal.
 
         task_heads: what stands on the model in a fine-tuning task, and is called there.
-        tokenizer_kind: of the tokenizer that is trained for a new model.
+        tokenizer_kind: of the tokenizer that is trained for a new model, whatever its shape.
 
     Args:
         config: shape of the model.
@@ -96,6 +96,11 @@ class LanguageModel(ReplicatedModel):
     def pretraining_objectives(cls, config: Any) -> tuple[str, ...]:
         """What a model of this shape can learn from text, its own objective first: "causal", "mlm" and so on."""
         raise NotImplementedError(f"{cls.__name__} does not say what it learns from text.")
+
+    @classmethod
+    def usual_tokenizer(cls, config: Any) -> str:
+        """The kind of tokenizer that is trained for a new model of this shape."""
+        return cls.tokenizer_kind
 
     # -- Making one.
 

@@ -159,6 +159,11 @@ class Seq2SeqLM(GenerativeLM):
             raise ValueError(f"output_head is False, but a {type(self).__name__} is no encoder alone: leave it True.")
         super().__init__(config, **kwargs)
 
+    @classmethod
+    def pretraining_objectives(cls, config: Any) -> tuple[str, ...]:
+        """What is missing from a text is written, or a text, from its middle on or from its beginning."""
+        return ("span", "prefix", "ul2", "decoder")
+
     @abstractmethod
     def encode(self, inputs: Any, training: bool | None = None) -> Tensor:
         """Final hidden states [B, T, D] of the encoder, for token ids [B, T] or a dict of the source."""

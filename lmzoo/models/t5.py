@@ -52,6 +52,7 @@ _SHAPES_1_1 = {
     "xl": {"num_heads": 32, "model_dim": 2048, "feedforward_dim": 5120, "num_layers": 24},
     "xxl": {"num_heads": 64, "model_dim": 4096, "feedforward_dim": 10_240, "num_layers": 24},
 }
+_BYTE_VOCABULARY = 384  # Padding, end, unknown, 256 bytes, 125 sentinels.
 _BYTE_SHAPES = {
     "small": {"num_heads": 6, "model_dim": 1472, "feedforward_dim": 3584, "num_layers": 12, "num_decoder_layers": 4},
     "base": {"num_heads": 12, "model_dim": 1536, "feedforward_dim": 3968, "num_layers": 18, "num_decoder_layers": 6},
@@ -91,7 +92,7 @@ class T5Config(Seq2SeqConfig):
         "t5-11b": {**_LARGE, "num_heads": 128, "head_dim": 128, "feedforward_dim": 65_536},
         **{f"t5-v1.1-{size}": {**_1_1, **shape} for size, shape in _SHAPES_1_1.items()},
         **{f"flan-t5-{size}": {**_1_1, **shape} for size, shape in _SHAPES_1_1.items()},
-        **{f"byt5-{size}": {**_1_1, "vocab_size": 384, **shape} for size, shape in _BYTE_SHAPES.items()},
+        **{f"byt5-{size}": {**_1_1, "vocab_size": _BYTE_VOCABULARY, **shape} for size, shape in _BYTE_SHAPES.items()},
     }
 
     HUGGING_FACE_NAMES: ClassVar[Mapping[str, str]] = {
@@ -332,6 +333,7 @@ class T5Model(Seq2SeqLM):
 
     config_class: ClassVar[type[T5Config]] = T5Config
     config: T5Config
+    tokenizer_kind = "unigram"
     checkpoint_transposed = True
     checkpoint_tied: ClassVar[Mapping[str, str]] = {
         "encoder.embed_tokens.weight": "shared.weight",
@@ -398,6 +400,11 @@ class T5Model(Seq2SeqLM):
                 initializer=_normal(1.0),
                 autocast=False,
             )
+
+    @classmethod
+    def usual_tokenizer(cls, config: Any) -> str:
+        """Bytes if the vocabulary is ByT5's, which is too small for pieces of words."""
+        return "byte" if config.vocab_size == _BYTE_VOCABULARY else cls.tokenizer_kind
 
     # -- The forward pass.
 

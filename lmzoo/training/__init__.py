@@ -5,6 +5,7 @@ from lmzoo.training.corpora import make_tokenizer as make_tokenizer
 from lmzoo.training.evaluation import evaluate as evaluate
 from lmzoo.training.finetune_settings import FinetuneConfig as FinetuneConfig
 from lmzoo.training.finetuning import finetune as finetune
+from lmzoo.training.objectives import ObjectiveName as ObjectiveName
 from lmzoo.training.planning import PlanConfig as PlanConfig
 from lmzoo.training.planning import plan as plan
 from lmzoo.training.pretraining import pretrain as pretrain

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import tensorflow as tf
 
-from lmzoo.data.masking import TokenFacts
-from lmzoo.data.objectives import Batch, Objective, Rows
+from lmzoo.data.objectives import lengths_of
 from lmzoo.engine.tpu_check import check_on_tpu, replicas_of
 from lmzoo.engine.tpu_report import TPUReport
 from lmzoo.models import find_preset
 from lmzoo.training.building import given_shape, make_model, with_vocab_size
 from lmzoo.training.memory import COMPUTE_BYTES
-from lmzoo.training.objectives import choose_objective, make_objective
+from lmzoo.training.objectives import empty_batch, objective_before_text
 from lmzoo.training.phases import make_phases
 from lmzoo.training.settings import PretrainConfig
 
@@ -30,8 +28,8 @@ def check_pretraining(config: PretrainConfig, topology: str = "v5e:2x2") -> TPUR
         ValueError: a setting is out of range, the topology is unknown, or its replicas cannot share the batch.
     """
     model_class, shape = find_preset(config.preset)
+    objective = objective_before_text(config, model_class, shape)
     shape = with_vocab_size(shape.replace(**given_shape(config)), config.vocab_size or shape.vocab_size)
-    name = choose_objective(config.objective, model_class, shape)
     model = make_model(config, model_class, shape)
     replicas, size = replicas_of(topology), COMPUTE_BYTES[config.dtype]
     parts = replicas * config.micro_batches
@@ -43,30 +41,8 @@ def check_pretraining(config: PretrainConfig, topology: str = "v5e:2x2") -> TPUR
             f"batch_size is {rows}, but must be a multiple of {replicas} replicas x {config.micro_batches} "
             f"micro-batches on {topology}."
         )
-    batch = _empty_batch(
-        make_objective(
-            name,
-            _no_facts(shape.vocab_size),
-            mask_rate=config.mask_rate,
-            mask_unit=config.mask_unit,
-            separate_documents=config.separate_documents,
-        ),
-        rows,
-        length,
-    )
-    flops = shape.training_flops_per_token(length) * rows * length
+    batch = empty_batch(objective, rows, length)
+    lengths = lengths_of(batch)
+    flops = shape.training_flops_per_token(*lengths) * rows * sum(lengths)
     specs = tf.nest.map_structure(lambda array: tf.TensorSpec(array.shape, array.dtype), batch)
     return check_on_tpu(model, specs, topology, model_flops=flops)
-
-
-def _no_facts(vocab_size: int) -> TokenFacts:
-    """Facts of no tokenizer, with which batches have the shapes that they have with those of any."""
-    none = np.zeros(vocab_size, bool)
-    return TokenFacts(vocab_size, 0, 0, 0, (), none, none)
-
-
-def _empty_batch(objective: Objective, rows: int, seq_length: int) -> Batch:
-    """What an objective makes of rows without text: the shapes and types are what counts."""
-    zeros = np.zeros((rows, seq_length), np.int32)
-    empty = Rows(zeros, zeros, zeros.astype(bool), zeros, zeros, np.zeros(rows, np.uint64))
-    return objective(empty._replace(other=empty))

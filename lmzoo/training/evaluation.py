@@ -14,14 +14,15 @@ import tensorflow as tf
 
 from lmzoo.checkpoints import find_checkpoint
 from lmzoo.data.corpus import Corpus
+from lmzoo.data.denoising import DecoderLM
 from lmzoo.data.labelled import LabelledBatches
-from lmzoo.data.masking import TokenFacts, Unit
+from lmzoo.data.masking import Unit
 from lmzoo.data.objectives import Causal, Objective
 from lmzoo.data.packing import Method
 from lmzoo.data.pipeline import Batches
 from lmzoo.data.tokenizers import Tokenizer
 from lmzoo.models import LanguageModel, load_pretrained
-from lmzoo.training.objectives import choose_objective, make_objective
+from lmzoo.training.objectives import choose_objective, facts_of, make_objective
 
 # The order of rows and the masks of every evaluation.
 _SEED = 0
@@ -32,12 +33,13 @@ class Evaluation:
     """What a model scores on a corpus.
 
     Args:
-        loss: mean cross-entropy, nats a token that is predicted: of masked LM, a hidden one.
+        loss: mean cross-entropy, nats a token that is predicted: of masked LM, a hidden one; of a decoder, one that it
+            is to write, sentinels and ends included.
         perplexity: exp(loss).
         accuracy: share of these tokens whose label has the highest logit.
         bits_per_byte: what coding the text with the model would cost, in bits for each byte of UTF-8. It does not
             depend on the tokenizer. The first token of each document, which nothing predicts, counts as log2(V) bits.
-            None if only a part of the corpus was evaluated, and for masked LM, which codes no text.
+            None if only a part of the corpus was evaluated, and for what codes no text but only parts of it.
         num_tokens: tokens predicted.
         total_loss: of all that is learnt together, by which the best checkpoint is chosen.
         other: scores of what is learnt beside tokens, by name: `next_sentence_loss`, `next_sentence_accuracy`.
@@ -103,6 +105,8 @@ def evaluate_model(
         bits_per_byte = bits / corpus.num_bytes
     if num_tokens is None:
         num_tokens = int(sum(batches.batch_at(step)[2].sum() for step in range(steps)))
+    if steps == total and isinstance(batches.objective, DecoderLM):  # Which writes all of it.
+        bits_per_byte = num_tokens * loss / math.log(2) / batches.corpus.num_bytes
     return Evaluation(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
@@ -126,6 +130,9 @@ def evaluate(
     objective: str = "auto",
     mask_rate: float = 0.15,
     mask_unit: Unit = "token",
+    noise_density: float = 0.15,
+    mean_span_length: float | None = None,
+    mode_tokens: bool = False,
     packing: Method | None = None,
     seq_length: int | None = None,
     batch_size: int = 16,
@@ -139,9 +146,9 @@ def evaluate(
     Args:
         model: directory of a checkpoint with its tokenizer, or of a run (its best checkpoint is taken).
         corpus: directory written by `lmzoo prepare` (its validation part is taken), or one part of it.
-        objective: what is scored: "causal", "mlm", "mlm+nsp", "mlm+sop"; "auto" is the architecture's own. The masks of
-            masked LM are the same each time.
-        mask_rate, mask_unit, packing: as in `PretrainConfig`.
+        objective: what is scored, one of `ObjectiveName`; "auto" is the architecture's own. What is hidden is the same
+            each time.
+        mask_rate, mask_unit, noise_density, mean_span_length, mode_tokens, packing: as in `PretrainConfig`.
         seq_length: tokens a row; None is the model's context length.
         batch_size: rows a batch.
         separate_documents: whether attention keeps to a document, as in training by default.
@@ -161,9 +168,13 @@ def evaluate(
     name = choose_objective(objective, type(loaded), loaded.config)
     chosen = make_objective(
         name,
-        None if name == "causal" else TokenFacts.of(tokenizer),
+        facts_of(name, tokenizer),
+        tokenizer_kind=tokenizer.kind,
         mask_rate=mask_rate,
         mask_unit=mask_unit,
+        noise_density=noise_density,
+        mean_span_length=mean_span_length,
+        mode_tokens=mode_tokens,
         separate_documents=separate_documents,
     )
     loaded.compile()

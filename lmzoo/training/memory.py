@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
@@ -97,6 +98,7 @@ def step_memory(
     variables: Variables,
     *,
     rows: int,
+    lengths: Sequence[int] = (),
     remat: bool = False,
     accumulates: bool = False,
     optimizer: str = "adamw",
@@ -106,16 +108,17 @@ def step_memory(
     """What a device holds at the fullest moment of a training step.
 
     Args:
-        shape: the model's; rows have `context_length` tokens.
+        shape: the model's.
         variables: as `count_variables` counts them.
         rows: rows at a time.
+        lengths: places in them: T, and U too where there is a decoder; empty for as many as the model has positions.
         remat: whether blocks are recomputed.
         accumulates: whether gradients are added up over micro-batches.
         optimizer, dtype: of the run.
         devices: how many there are in all.
     """
     size = COMPUTE_BYTES[dtype]
-    made = shape.activation_bytes(rows, shape.context_length, size)
+    made = row_bytes(shape, rows, lengths or (shape.context_length,), size)
     kept, gradients = kept_bytes(made, remat=remat), 4 * variables.parameters
     table = 4 * shape.vocab_size * made.head_dim
     sums = gradients if accumulates else 0
@@ -153,6 +156,11 @@ def parse_bytes(text: str) -> int:
     if not match or unit not in _UNITS or float(match[1]) <= 0.0:
         raise ValueError(f"memory is {text!r}, but must be a number above 0 and a unit: 80GB, 80GiB, 512MB.")
     return int(float(match[1]) * _UNITS[unit])
+
+
+def row_bytes(shape: ModelConfig, rows: int, lengths: Sequence[int], compute_bytes: int) -> ActivationBytes:
+    """What a step makes of rows of T places, and of U where there is a decoder."""
+    return shape.activation_bytes(rows, lengths[0], compute_bytes, *lengths[1:])
 
 
 def kept_bytes(made: ActivationBytes, *, remat: bool) -> int:

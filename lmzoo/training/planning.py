@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from lmzoo.config import ModelConfig, closest
+from lmzoo.data.objectives import lengths_of
 from lmzoo.engine.strategy import BatchPlan
 from lmzoo.models import find_preset
-from lmzoo.training.building import with_vocab_size
+from lmzoo.training.building import SHAPE_SETTINGS, with_vocab_size
 from lmzoo.training.memory import (
     COMPUTE_BYTES,
     Memory,
@@ -19,8 +20,10 @@ from lmzoo.training.memory import (
     count_variables,
     kept_bytes,
     parse_bytes,
+    row_bytes,
     step_memory,
 )
+from lmzoo.training.objectives import ObjectiveName, empty_batch, objective_before_text
 
 PEAK_FLOPS: dict[str, float] = {
     "v100": 125e12,
@@ -36,7 +39,8 @@ PEAK_FLOPS: dict[str, float] = {
 """Accelerator -> the makers' figure for dense matrix products in bfloat16 (float16 where there is none)."""
 
 # Fields of the model's config that a plan, like a run, may replace.
-_SHAPE = ("vocab_size", "num_layers", "num_heads", "model_dim")
+_SHAPE = ("vocab_size", *SHAPE_SETTINGS)
+_OBJECTIVE = ("objective", "noise_density", "mean_span_length")
 _CHINCHILLA = 20
 _MOST_ROWS = 2**20
 
@@ -51,12 +55,24 @@ class PlanConfig:
     """Instead of the preset's."""
     num_layers: int | None = None
     """Instead of the preset's."""
+    num_decoder_layers: int | None = None
+    """Instead of the preset's."""
     num_heads: int | None = None
+    """Instead of the preset's."""
+    head_dim: int | None = None
     """Instead of the preset's."""
     model_dim: int | None = None
     """Instead of the preset's."""
+    feedforward_dim: int | None = None
+    """Instead of the preset's."""
     dropout_rate: float = 0.0
     """In training."""
+    objective: ObjectiveName = "auto"
+    """What is learnt; auto is the architecture's own. It says how long the rows of a decoder are."""
+    noise_density: float = 0.15
+    """Share of the tokens that span corruption takes out."""
+    mean_span_length: float | None = None
+    """Tokens that it takes out in a row, on average; by default 3, or 20 bytes."""
     seq_length: int | None = None
     """Tokens a row; by default the context length of the preset."""
     long_seq_length: int | None = None
@@ -86,7 +102,7 @@ class PlanConfig:
     micro_batch: int | None = None
     """Rows that a device takes at a time; by default as many as fit and divide the batch."""
     batch_tokens: int = 2**19
-    """Tokens of one update; about half a million suit models of the size of GPT-2."""
+    """Tokens of one update, those that are written included; about half a million suit models of the size of GPT-2."""
     tokens: float | None = None
     """Tokens to train on; by default 20 a parameter."""
 
@@ -122,6 +138,7 @@ class Plan:
     Args:
         config: what it was made for.
         shape: the model's.
+        lengths: places in a row: T, and U where there is a decoder; in the second phase if there are two.
         variables: weights and optimizer.
         rows_without_remat, rows_with_remat: the most rows that fit on a device at a time; 0 if not one does.
         remat: whether blocks are recomputed.
@@ -136,6 +153,7 @@ class Plan:
 
     config: PlanConfig
     shape: ModelConfig
+    lengths: tuple[int, ...]
     variables: Variables
     rows_without_remat: int
     rows_with_remat: int
@@ -149,9 +167,9 @@ class Plan:
     tokens_per_second: float
 
     @property
-    def seq_length(self) -> int:
-        """Tokens a row, in the second phase if there are two."""
-        return self.shape.context_length
+    def row_tokens(self) -> int:
+        """Tokens a row, on both sides where there is a decoder; in the second phase if there are two."""
+        return sum(self.lengths)
 
     @property
     def first_batch(self) -> int:
@@ -165,7 +183,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Expected time of the whole run."""
-        return self.steps * self.batch.global_batch * self.seq_length / self.tokens_per_second
+        return self.steps * self.batch.global_batch * self.row_tokens / self.tokens_per_second
 
     @property
     def command(self) -> str:
@@ -175,12 +193,15 @@ class Plan:
             if getattr(config, name) is not None:
                 words += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
         if config.seq_length is not None:
-            words += ["--context-length", str(self.seq_length)]
+            words += ["--context-length", str(self.shape.context_length)]
         if config.long_seq_length is not None:
             words += ["--seq-length", str(config.seq_length), "--long-seq-length", str(config.long_seq_length)]
             words += ["--long-share", str(config.long_share), "--long-batch-size", str(self.batch.global_batch)]
         if config.dropout_rate:
             words += ["--dropout-rate", str(config.dropout_rate)]
+        for field in dataclasses.fields(config):
+            if field.name in _OBJECTIVE and getattr(config, field.name) != field.default:
+                words += [f"--{field.name.replace('_', '-')}", str(getattr(config, field.name))]
         words += ["--strategy", config.strategy, "--dtype", config.dtype, "--optimizer", config.optimizer]
         words += ["--batch-size", str(self.first_batch), "--micro-batches", str(self.batch.micro_batches)]
         words += ["--steps", str(self.steps), *(["--remat", "block"] if self.remat else [])]
@@ -189,8 +210,8 @@ class Plan:
     def __str__(self) -> str:
         config, memory, variables = self.config, self.memory, self.variables
         available = parse_bytes(config.memory)
-        step_tokens = self.batch.global_batch * self.seq_length
-        rows_of = f"rows of {self.seq_length:,} tokens"
+        step_tokens = self.batch.global_batch * self.row_tokens
+        rows_of = f"rows of {_tokens(self.lengths)} tokens"
         if config.long_seq_length is not None:
             rows_of += f" in {config.long_share:.0%} of the steps, of {config.seq_length:,} before"
         without, with_remat = (_bytes(each) for each in self.activations_of_a_row)
@@ -249,13 +270,15 @@ def plan(config: PlanConfig | None = None, **fields: Any) -> Plan:
     shape = with_vocab_size(shape, given.pop("vocab_size", shape.vocab_size))
     shape = shape.replace(dropout_rate=config.dropout_rate, context_length=longest, **given)
     variables = count_variables(model_class, shape, optimizer=config.optimizer, dtype=config.dtype)
-    seq_length = shape.context_length
+    objective = objective_before_text(config, model_class, shape)
+    lengths = lengths_of(empty_batch(objective, 1, longest))
 
     def memory(rows: int, remat: bool, accumulates: bool) -> Memory:
         return step_memory(
             shape,
             variables,
             rows=rows,
+            lengths=lengths,
             remat=remat,
             accumulates=accumulates,
             optimizer=config.optimizer,
@@ -265,13 +288,13 @@ def plan(config: PlanConfig | None = None, **fields: Any) -> Plan:
 
     available = parse_bytes(config.memory)
     for remat in {"none": (False,), "block": (True,), "auto": (False, True)}[config.remat]:
-        batch = _cut(config, seq_length, lambda rows, parts: memory(rows, remat, parts > 1).total <= available)  # noqa: B023
+        batch = _cut(config, sum(lengths), lambda rows, parts: memory(rows, remat, parts > 1).total <= available)  # noqa: B023
         accumulates = batch.micro_batches > 1
         needed = memory(batch.rows, remat, accumulates)
         if needed.total <= available:
             break
     else:
-        what = f"{batch.rows} row{'s' * (batch.rows > 1)} of {seq_length:,} tokens at a time"
+        what = f"{batch.rows} row{'s' * (batch.rows > 1)} of {_tokens(lengths)} tokens at a time"
         raise ValueError(
             f"{config.preset} does not fit: with {what} and remat {'block' if remat else 'none'} a device needs "
             f"{_bytes(needed.total)}, {_bytes(needed.total - available)} more than its {_bytes(available)}. Weights, "
@@ -279,17 +302,19 @@ def plan(config: PlanConfig | None = None, **fields: Any) -> Plan:
             f"{_bytes(variables.weights + 4 * variables.parameters + variables.optimizer_state)}. "
             f"Try {_advice(config, remat)}."
         )
-    flops = shape.training_flops_per_token(seq_length)
+    flops = shape.training_flops_per_token(*lengths)
     if config.long_seq_length is not None and config.seq_length is not None:
-        flops += (1 - config.long_share) * (shape.training_flops_per_token(config.seq_length) - flops)
+        short = lengths_of(empty_batch(objective, 1, config.seq_length))
+        flops += (1 - config.long_share) * (shape.training_flops_per_token(*short) - flops)
     tokens = config.tokens or float(_CHINCHILLA * variables.parameters)
     peak = config.peak_flops or PEAK_FLOPS[config.accelerator]
     # Recomputing repeats the forward pass, one of three parts.
     speed = config.devices * peak * config.mfu / flops * (0.75 if remat else 1.0)
-    row = shape.activation_bytes(1, seq_length, COMPUTE_BYTES[config.dtype])
+    row = row_bytes(shape, 1, lengths, COMPUTE_BYTES[config.dtype])
     return Plan(
         config=config,
         shape=shape,
+        lengths=lengths,
         variables=variables,
         rows_without_remat=_most(lambda rows: memory(rows, False, accumulates).total <= available),
         rows_with_remat=_most(lambda rows: memory(rows, True, accumulates).total <= available),
@@ -299,7 +324,7 @@ def plan(config: PlanConfig | None = None, **fields: Any) -> Plan:
         activations_of_a_row=(kept_bytes(row, remat=False), kept_bytes(row, remat=True)),
         flops_per_token=flops,
         tokens=tokens,
-        steps=math.ceil(tokens / (batch.global_batch * seq_length)),
+        steps=math.ceil(tokens / (batch.global_batch * sum(lengths))),
         tokens_per_second=speed,
     )
 
@@ -317,13 +342,13 @@ def _most(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _cut(config: PlanConfig, seq_length: int, fits: Callable[[int, int], bool]) -> BatchPlan:
+def _cut(config: PlanConfig, row_tokens: int, fits: Callable[[int, int], bool]) -> BatchPlan:
     """Cuts about `batch_tokens` into as few and as equal parts as fit; one row at a time if nothing does.
 
     Args:
         fits: whether a device has room for so many rows at a time, given the number of micro-batches.
     """
-    rows = max(1, round(config.batch_tokens / seq_length / config.devices))  # Of a device, in one update.
+    rows = max(1, round(config.batch_tokens / row_tokens / config.devices))  # Of a device, in one update.
     if config.micro_batch is not None:
         return BatchPlan(config.micro_batch, config.devices, max(1, round(rows / config.micro_batch)))
     if fits(rows, 1):
@@ -344,6 +369,11 @@ def _parts(memory: Memory) -> list[tuple[str, int]]:
     """What the memory is made of, by name, without what is 0."""
     values = {name: value for name, value in dataclasses.asdict(memory).items() if name != "moment"}
     return [(name.replace("_", " "), value) for name, value in values.items() if value]
+
+
+def _tokens(lengths: Sequence[int]) -> str:
+    """Tokens a row to read: "512", or "512 + 114" where there is a decoder."""
+    return " + ".join(f"{length:,}" for length in lengths)
 
 
 def _bytes(count: float) -> str:

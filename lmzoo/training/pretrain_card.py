@@ -16,7 +16,7 @@ def make_card(
 ) -> ModelCard:
     """The card of a run's model, with its scores on the held-out text once they are known."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_SETTINGS}
-    sources = config.source if config.corpus is None else (config.corpus.name,)
+    sources = config.source if config.corpus is None else (Path(config.corpus).name,)
     metrics: dict[str, float | None] = {}
     if scores is not None:
         metrics = {**scores.as_record(), "unigram_entropy": unigram_entropy}

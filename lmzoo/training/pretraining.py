@@ -11,7 +11,7 @@ from typing import Any
 
 from lmzoo.checkpoints import read_config
 from lmzoo.checkpoints.card import README
-from lmzoo.data.masking import TokenFacts
+from lmzoo.data.objectives import Objective
 from lmzoo.data.pipeline import Batches
 from lmzoo.data.tokenizers import Tokenizer
 from lmzoo.engine.averaging import averaged_weights, swap_averages
@@ -19,10 +19,10 @@ from lmzoo.engine.strategy import BatchPlan, is_chief, make_strategy, num_worker
 from lmzoo.files import write_whole
 from lmzoo.models import LanguageModel, find_preset
 from lmzoo.models.describe import readme
-from lmzoo.training.building import given_shape, make_model
+from lmzoo.training.building import given_shape, make_model, with_tokenizer
 from lmzoo.training.callbacks import MetricsLog, measure_peak_flops
 from lmzoo.training.checkpointing import CheckpointStore, Progress
-from lmzoo.training.corpora import make_corpora, open_corpora, unigram_entropy
+from lmzoo.training.corpora import make_corpora, open_corpora, predicted_entropy
 from lmzoo.training.evaluation import Evaluation, evaluate_model, held_out_batches, share_out
 from lmzoo.training.guards import (
     LossGuard,
@@ -32,7 +32,7 @@ from lmzoo.training.guards import (
     Termination,
     told_of_lost_workers,
 )
-from lmzoo.training.objectives import choose_objective, make_objective
+from lmzoo.training.objectives import choose_objective, facts_of, make_objective, objective_options
 from lmzoo.training.phases import Phase, add_up, make_phases
 from lmzoo.training.pretrain_card import make_card
 from lmzoo.training.settings import PretrainConfig, is_known, write_settings
@@ -50,9 +50,10 @@ class PretrainResult:
         steps: optimizer steps done, earlier processes included.
         validation: scores of the last weights on all of the validation part.
         unigram_entropy: loss there of a model that knows nothing but the frequencies of the tokens in training, in nats
-            a token.
+            a token; where there is a decoder, of the tokens that it is to write.
         model: the model after the last step.
         tokenizer: its tokenizer.
+        held_out: the batches of all of the validation part, the same in each evaluation.
     """
 
     directory: Path
@@ -62,6 +63,7 @@ class PretrainResult:
     unigram_entropy: float
     model: LanguageModel
     tokenizer: Tokenizer
+    held_out: Batches
 
 
 def pretrain(
@@ -104,32 +106,24 @@ class _Run:
         self.store = CheckpointStore(self.directory, keep=config.keep)
         model_class, shape = find_preset(config.preset)
         self.shape = shape.replace(**given_shape(config))
-        objective = choose_objective(config.objective, model_class, self.shape)
+        self.objective_name = choose_objective(config.objective, model_class, self.shape)
         self.phases = make_phases(config, self.shape.context_length, self.replicas * config.micro_batches)
         self.plans = [
             BatchPlan.of_global(phase.batch_size, self.strategy, config.micro_batches) for phase in self.phases
         ]
-        masked = objective != "causal"
         if self.is_chief:
             known = is_known(config, has_checkpoints=bool(self.store.steps()), say=self.say)
-            kind, size = model_class.tokenizer_kind, shape.vocab_size
-            make_corpora(config, kind, size, masked=masked, known=known, say=self.say)
+            kind, size, check = model_class.usual_tokenizer(shape), shape.vocab_size, self._objective
+            make_corpora(config, kind, size, self.objective_name, known=known, say=self.say, check=check)
             write_settings(config)  # After the data: settings that are written down are those it was made with.
         wait_for_all(self.strategy)
         self.tokenizer, training, validation = open_corpora(config)
         self.store.extras = self.tokenizer.save_pretrained
-        facts = TokenFacts.of(self.tokenizer) if masked else None
-        self.objective = make_objective(
-            objective,
-            facts,
-            mask_rate=config.mask_rate,
-            mask_unit=config.mask_unit,
-            separate_documents=config.separate_documents,
-        )
+        objective = self._objective(self.tokenizer)
         self.training = {
             phase: Batches(
                 training,
-                self.objective,
+                objective,
                 seq_length=phase.seq_length,
                 batch_size=phase.batch_size,
                 packing=config.packing,
@@ -140,18 +134,15 @@ class _Run:
         last = self.phases[-1]
         self.held_out = held_out_batches(
             validation,
-            self.objective,
+            objective,
             seq_length=last.seq_length,
             batch_size=last.batch_size,
             packing=config.packing,
         )
-        excluded = facts.special_token_ids if facts else ()
-        self.unigram_entropy = unigram_entropy(training, validation, excluded)
-        self.shape = self.shape.replace(
-            vocab_size=self.tokenizer.vocab_size,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
+        self.unigram_entropy = predicted_entropy(
+            self.training[last], self.held_out, facts_of(self.objective_name, self.tokenizer)
         )
+        self.shape = with_tokenizer(self.shape, self.tokenizer)
         with self.strategy.scope():
             self.model = make_model(config, model_class, self.shape)
         self.model.card = make_card(config)
@@ -166,17 +157,29 @@ class _Run:
         self.log = self._make_log()
         self.log.go_back_to(self.progress.step, evaluated=self.progress.validation_loss is not None)
 
+    def _objective(self, tokenizer: Tokenizer) -> Objective:
+        """What is learnt, from text of a tokenizer, on rows of all phases."""
+        facts = facts_of(self.objective_name, tokenizer)
+        made = make_objective(
+            self.objective_name, facts, tokenizer_kind=tokenizer.kind, **objective_options(self.config)
+        )
+        for phase in self.phases:
+            made.costs(phase.seq_length)  # Raises if rows are too short for it, or too long.
+        return made
+
     def _make_log(self) -> MetricsLog:
         shape, phases = self.shape, self.phases
+        lengths = {phase: batches.lengths for phase, batches in self.training.items()}
+        tokens = {phase: phase.batch_size * sum(lengths[phase]) for phase in phases}
         real = {phase: batches.real_share for phase, batches in self.training.items()}
         peak = measure_peak_flops("bfloat16" if self.config.dtype == "mixed_bfloat16" else "float32")
         return MetricsLog(
             self.directory if self.is_chief else None,
             every=self.config.log_every,
-            tokens_at=lambda step: add_up(phases, step, lambda phase: phase.step_tokens),
-            real_tokens_at=lambda step: add_up(phases, step, lambda phase: phase.step_tokens * real[phase]),
+            tokens_at=lambda step: add_up(phases, step, tokens.__getitem__),
+            real_tokens_at=lambda step: add_up(phases, step, lambda phase: tokens[phase] * real[phase]),
             flops_at=lambda step: add_up(
-                phases, step, lambda phase: phase.step_tokens * shape.training_flops_per_token(phase.seq_length)
+                phases, step, lambda phase: tokens[phase] * shape.training_flops_per_token(*lengths[phase])
             ),
             peak_flops=peak * self.replicas,
             check=self._check_record,
@@ -205,7 +208,14 @@ class _Run:
             f"step {self.progress.step}; best checkpoint: {best}"
         )
         return PretrainResult(
-            self.directory, best, self.progress.step, scores, self.unigram_entropy, self.model, self.tokenizer
+            self.directory,
+            best,
+            self.progress.step,
+            scores,
+            self.unigram_entropy,
+            self.model,
+            self.tokenizer,
+            self.held_out,
         )
 
     def _introduce(self) -> None:
@@ -227,7 +237,8 @@ class _Run:
             f"{config.steps} steps"
         )
         for phase, batches in self.training.items():
-            self.say(f"{phase}, {batches.real_share:.0%} of them no padding")
+            written = "".join(f", and {length} that are written" for length in batches.lengths[1:])
+            self.say(f"{phase}{written}, {batches.real_share:.0%} of them no padding")
         self.say(
             f"unigram entropy {self.unigram_entropy:.4f} nats a token: the loss on the held-out text of the token "
             "frequencies in training"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lmzoo.files import write_whole
+from lmzoo.training.objectives import ObjectiveName
 
 _FILE = "pretrain.json"
 # What may change between a run and its continuation, and changes nothing of what is learnt unless something goes wrong.
@@ -19,7 +20,7 @@ FREE_SETTINGS = (
 # What may change too, but changes the order in which numbers are added up: said, and no more.
 _ROUNDING = ("strategy", "micro_batches", "jit_compile", "remat")
 
-_MAY_BE_NONE = ("checkpoint_every", "seq_length", "long_seq_length", "long_batch_size")
+_MAY_BE_NONE = ("checkpoint_every", "num_sentinels", "seq_length", "long_seq_length", "long_batch_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,8 @@ class PretrainConfig:
     corpus: Path | None = None
     """Directory written by `lmzoo prepare`, instead of a source."""
     tokenizer: str = "auto"
-    """Kind to train on the source (bpe, wordpiece, unigram or char), or a directory or file to load; auto trains the
-    kind that is usual for the architecture."""
+    """Kind to train on the source (bpe, wordpiece, unigram, char or byte), or a directory or file to load; auto trains
+    the kind that is usual for the architecture."""
     validation_fraction: float = 0.05
     """Share of the documents that is held out."""
 
@@ -42,29 +43,46 @@ class PretrainConfig:
     """Shape of the model."""
     vocab_size: int | None = None
     """Size of a tokenizer that is trained; by default that of the preset."""
+    num_sentinels: int | None = None
+    """Tokens of a tokenizer that is trained which mark spans; by default 100 for T5, 125 for bytes, or none."""
     context_length: int | None = None
     """Positions of the model; by default those of the preset."""
     num_layers: int | None = None
+    """Instead of the preset's; of the encoder, where there is a decoder too."""
+    num_decoder_layers: int | None = None
     """Instead of the preset's."""
     num_heads: int | None = None
     """Instead of the preset's."""
+    head_dim: int | None = None
+    """Instead of the preset's, in a T5; elsewhere a head has its share of model_dim."""
     model_dim: int | None = None
+    """Instead of the preset's."""
+    feedforward_dim: int | None = None
     """Instead of the preset's."""
     dropout_rate: float = 0.0
     """In training; 0 suits a text that is read only a few times."""
 
-    objective: Literal["auto", "causal", "mlm", "mlm+nsp", "mlm+sop"] = "auto"
-    """What is learnt: the next token, or hidden ones (masked LM), alone or with next-sentence or sentence-order
-    prediction; auto is the architecture's own, mlm for encoders."""
+    objective: ObjectiveName = "auto"
+    """What is learnt: the next token (causal); hidden ones (mlm), alone or with next-sentence or sentence-order
+    prediction; by an encoder with a decoder, spans that are missing (span, or ul2 for its mixture), how a text goes on
+    (prefix), or a text (decoder). auto is the architecture's own: mlm for encoders, span for T5."""
     mask_rate: float = 0.15
     """Share of the tokens that masked LM hides."""
     mask_unit: Literal["token", "word", "span"] = "token"
     """What is hidden at a time: tokens, whole words, or spans of 1 to 10 words."""
+    noise_density: float = 0.15
+    """Share of the tokens that span corruption takes out."""
+    mean_span_length: float | None = None
+    """Tokens that it takes out in a row, on average; by default 3, or 20 bytes."""
+    mode_tokens: bool = False
+    """Whether UL2 begins what is read with a token that says which of its denoisers it is for."""
     packing: Literal["stream", "pad", "best-fit"] | None = None
     """How documents become rows: one after the other, one a row, or as many whole ones as a row holds; by default
-    stream for causal LMs, best-fit for masked LM, and pad for pairs of sentences."""
+    stream for causal LMs and for one long text, best-fit for masked LM and T5, and pad for pairs of sentences and for
+    decoder."""
     seq_length: int | None = None
-    """Tokens a row; by default as many as the model has positions."""
+    """Tokens a row, of what an encoder with a decoder reads: what is written is as long as it takes. By default as many
+    as the model has positions."""
     long_seq_length: int | None = None
     """Tokens a row in a second phase, such as 512 after 128; by default there is none."""
     long_share: float = 0.1
@@ -83,10 +101,13 @@ class PretrainConfig:
     """How gradients become updates."""
     learning_rate: float = 1e-3
     """At its peak."""
-    schedule: Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    embedding_rate: float = 1.0
+    """Factor of the learning rate for token embeddings and a head of their size; more than 1 suits a T5 of random
+    weights, whose embeddings are large."""
+    schedule: Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt", "inverse_sqrt_flat"] = "cosine"
+    """How the learning rate falls after the warm-up; flat is at its peak from the first step on, as T5's."""
     warmup_steps: int = 100
-    """Steps in which the learning rate rises from 0."""
+    """Steps in which the learning rate rises from 0, or is at its peak before an inverse square root."""
     final_learning_rate: float = 0.1
     """At the end, as a share of the peak."""
     weight_decay: float = 0.1
@@ -149,6 +170,7 @@ class PretrainConfig:
             "steps_per_execution",
             "evaluate_every",
             "checkpoint_every",
+            "num_sentinels",
             "log_every",
             "max_skipped",
             "keep",
@@ -156,11 +178,15 @@ class PretrainConfig:
             value = getattr(self, name)
             if (value is not None or name not in _MAY_BE_NONE) and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"PretrainConfig.{name} is {value!r}, but must be an integer of 1 or more.")
-        for name in ("validation_fraction", "long_share"):
+        for name in ("validation_fraction", "noise_density", "long_share"):
             if not 0.0 < getattr(self, name) < 1.0:
                 raise ValueError(f"PretrainConfig.{name} is {getattr(self, name)}, but must lie in (0, 1).")
         if not 0.0 < self.mask_rate <= 1.0:
             raise ValueError(f"PretrainConfig.mask_rate is {self.mask_rate}, but must lie in (0, 1].")
+        if self.mean_span_length is not None and not self.mean_span_length >= 1.0:
+            raise ValueError(f"PretrainConfig.mean_span_length is {self.mean_span_length}, but must be 1 or more.")
+        if not self.embedding_rate > 0.0:
+            raise ValueError(f"PretrainConfig.embedding_rate is {self.embedding_rate}, but must be above 0.")
         if self.ema_momentum is not None and not 0.0 < self.ema_momentum < 1.0:
             raise ValueError(f"PretrainConfig.ema_momentum is {self.ema_momentum}, but must lie in (0, 1).")
         if self.spike_factor is not None and self.spike_factor <= 1.0:

@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmzoo.data import pipeline
 from lmzoo.data.corpus import Corpus, CorpusWriter
+from lmzoo.data.corruption import SentinelFacts
+from lmzoo.data.denoising import PrefixLM
 from lmzoo.data.objectives import Causal
 from lmzoo.data.pipeline import Batches, permute
 
@@ -62,6 +65,19 @@ def test_the_share_of_places_that_are_no_padding(corpus, packing):
     batches = Batches(corpus, Causal(), seq_length=16, batch_size=1, packing=packing, epochs=1)
     real = [batches.batch_at(step)[0]["segment_ids"] > 0 for step in range(batches.num_batches)]
     assert batches.real_share == pytest.approx(np.mean(real))
+
+
+def test_the_share_of_both_sides_is_taken_from_a_sample(corpus, monkeypatch):
+    objective = PrefixLM(SentinelFacts(1))
+    batches = Batches(corpus, objective, seq_length=16, batch_size=1, packing="pad", epochs=1)
+    assert batches.lengths == (16, 16)
+    made = [batches.batch_at(step) for step in range(batches.num_batches)]
+    real = [(inputs["padding_mask"].mean() + weights.mean()) / 2 for inputs, _, weights in made]
+    monkeypatch.setattr(pipeline, "_SAMPLE", len(real))
+    assert batches.real_share == pytest.approx(np.mean(real))
+    part = Batches(corpus, objective, seq_length=16, batch_size=4, packing="pad", num_examples=7)
+    assert part.spread(100).tolist() == list(range(7))
+    assert part.spread(3).tolist() == [0, 2, 4]
 
 
 def test_permute_of_one_position_is_that_of_all():

@@ -17,7 +17,7 @@ def values(schedule, *steps):
     return [float(schedule(step)) for step in steps]
 
 
-@pytest.mark.parametrize("name", sorted(set(SCHEDULES)))
+@pytest.mark.parametrize("name", sorted(set(SCHEDULES) - {"inverse_sqrt_flat"}))
 def test_warm_up_is_a_line_to_the_peak(name):
     schedule = make_schedule(name, peak=0.4, total_steps=100, warmup_steps=4)
     np.testing.assert_allclose(values(schedule, 0, 1, 2, 3), [0.1, 0.2, 0.3, 0.4], rtol=1e-6)
@@ -52,7 +52,7 @@ def test_inverse_square_root():
 
 
 def test_the_one_of_t5():
-    schedule = InverseSquareRoot(0.01, 10_000, flat=True)
+    schedule = make_schedule("inverse_sqrt_flat", 0.01, total_steps=500, warmup_steps=10_000)
     for step in (0, 500, 9_999, 10_000, 123_456):
         assert float(schedule(step)) == pytest.approx(1 / np.sqrt(max(step + 1, 10_000)), rel=1e-6)
 

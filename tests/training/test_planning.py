@@ -174,6 +174,27 @@ def test_two_phases_are_planned_for_the_longer_rows():
     assert "rows of 512 tokens in 10% of the steps, of 128 before" in str(made)
 
 
+def test_a_decoder_has_rows_of_its_own():
+    tyro = pytest.importorskip("tyro")
+    from lmzoo.training import PretrainConfig
+
+    made = plan(preset="t5-small", memory="24GB", batch_tokens=2**16)
+    assert made.lengths == (512, 114)  # Raffel et al. 2020
+    assert "rows of 512 + 114 tokens" in str(made)
+    tokens = made.batch.global_batch * made.row_tokens
+    assert tokens == pytest.approx(2**16, rel=0.1)
+    assert made.steps == math.ceil(made.tokens / tokens)
+    assert made.flops_per_token == made.shape.training_flops_per_token(512, 114)
+    assert made.activations_of_a_row < plan(made.config, objective="prefix").activations_of_a_row
+    fields = {"num_decoder_layers": 2, "head_dim": 32, "feedforward_dim": 512, "noise_density": 0.3}
+    other = plan(made.config, objective="span", mean_span_length=8.0, **fields)
+    assert other.lengths[1] > 114
+    config = tyro.cli(PretrainConfig, args=shlex.split(other.command)[2:])
+    assert {name: getattr(config, name) for name in fields} == fields
+    assert (config.objective, config.mean_span_length, config.batch_size) == ("span", 8.0, other.batch.global_batch)
+    assert plan(preset="byt5-small", memory="80GB").lengths == (512, 95)  # Of 597 bytes, 90 in 4 spans.
+
+
 def test_another_vocabulary_keeps_the_ids_that_it_has():
     shape = plan(preset="roberta-base", vocab_size=1000, memory="80GB", remat="none").shape
     assert (shape.vocab_size, shape.pad_token_id, shape.eos_token_id) == (1000, 1, 2)
