@@ -113,7 +113,7 @@ def test_the_search_finds_every_limit():
 
 def test_the_batch_is_about_what_was_asked_for():
     made = plan(preset="gpt2-micro", strategy="mirrored", devices=8, memory="6GB", batch_tokens=2**19)
-    tokens = made.batch.global_batch * made.seq_length
+    tokens = made.batch.global_batch * made.row_tokens
     assert tokens == pytest.approx(2**19, rel=0.1)
     assert made.batch.replicas == 8
     assert made.memory.total <= 6e9
