@@ -332,6 +332,7 @@ class T5Model(Seq2SeqLM):
 
     config_class: ClassVar[type[T5Config]] = T5Config
     config: T5Config
+    tokenizer_kind = "unigram"
     checkpoint_transposed = True
     checkpoint_tied: ClassVar[Mapping[str, str]] = {
         "encoder.embed_tokens.weight": "shared.weight",
