@@ -65,6 +65,8 @@ class FinetuneConfig:
 
     epochs: int = 3
     """The most passes over the training part."""
+    max_steps: int | None = None
+    """End after so many steps, if that is sooner; the learning rate has fallen by then."""
     batch_size: int = 32
     """Examples in a global batch, over all devices and micro-batches."""
     micro_batches: int = 1
@@ -155,6 +157,7 @@ class FinetuneConfig:
             "epochs",
             "batch_size",
             "micro_batches",
+            "max_steps",
             "early_stopping",
             "n_best",
             "max_answer_length",
@@ -220,4 +223,4 @@ class FinetuneConfig:
             raise ValueError(f"FinetuneConfig.{name} is {value!r}, but must be {rule}.")
 
 
-_OPTIONAL = ("max_length", "max_new_tokens", "mixing_cap", "stride", "early_stopping", "dropout_rate")
+_OPTIONAL = ("max_length", "max_steps", "max_new_tokens", "mixing_cap", "stride", "early_stopping", "dropout_rate")

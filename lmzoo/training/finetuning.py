@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ class _Run:
             name: self.recipe.encode(part, self.tokenizer, length) for name, part in records.items() if name != "train"
         }
         self.steps_per_epoch = self._batches(self.training).batches_per_epoch
-        self.steps = config.epochs * self.steps_per_epoch
+        self.steps = min(config.epochs * self.steps_per_epoch, config.max_steps or sys.maxsize)
 
     def _make_model(self) -> FinetunedModel:
         """The model to train, compiled, with the variables of its optimizer; made under the scope of its strategy."""
@@ -184,7 +185,7 @@ class _Run:
         self._introduce()
         while True:
             step = self.progress.step
-            is_due = "validation" in self.parts and step and step % self.steps_per_epoch == 0
+            is_due = "validation" in self.parts and step and (step % self.steps_per_epoch == 0 or step == self.steps)
             if is_due and self.progress.validation_loss is None:
                 self._evaluate()
             if step >= self.steps or self._is_enough():
@@ -228,7 +229,7 @@ class _Run:
         return LabelledBatches(examples, self.config.batch_size, seed=self.config.seed, **self.widths, **more)
 
     def _epoch(self, step: int) -> int:
-        return step // self.steps_per_epoch
+        return -(-step // self.steps_per_epoch)
 
     def _is_enough(self) -> bool:
         """Whether the last epochs have brought nothing better."""
@@ -240,8 +241,8 @@ class _Run:
     def _train(self) -> None:
         """Trains up to the end of the epoch, and writes a checkpoint."""
         before = self.progress
-        epoch = self._epoch(before.step)
-        stop = (epoch + 1) * self.steps_per_epoch
+        epoch = before.step // self.steps_per_epoch
+        stop = min((epoch + 1) * self.steps_per_epoch, self.steps)
         part = self._batches(self.training, start=before.step, num_batches=stop - before.step)
         watch = StallWatch(
             self.config.stall_seconds,
