@@ -166,6 +166,8 @@ class _Run:
             final=0.0,
         )
         more: dict[str, Any] = {"beta_2": 0.999} if config.optimizer in ("adamw", "lamb") else {}
+        if config.optimizer == "muon" and config.dtype == "mixed_bfloat16":
+            more["orthogonal_dtype"] = "bfloat16"
         more |= self.recipe.optimizer_arguments(model)
         model.compile(
             make_optimizer(
