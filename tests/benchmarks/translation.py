@@ -91,8 +91,8 @@ def lmzoo() -> dict[str, Any]:
     result = run("run", f"--max-steps {steps} --log-every 1")
     cpu = time.process_time() - cpu
 
-    def write(token_ids: list[list[int]]) -> Any:
-        return result.model.generate(token_ids, max_new_tokens=LENGTH, num_beams=BEAMS).numpy()
+    def write(token_ids: list[list[int]], longest: int) -> Any:
+        return result.model.generate(token_ids, max_new_tokens=longest, num_beams=BEAMS).numpy()
 
     seconds = seconds_at("run")
     return {**_scores(place, write), "train seconds": seconds[steps], "CPU seconds": cpu, "steps": steps}
@@ -167,14 +167,14 @@ def torch() -> dict[str, Any]:
     trained, cpu = time.perf_counter() - start, time.process_time() - cpu
     model.eval()
 
-    def write(token_ids: list[list[int]]) -> Any:
+    def write(token_ids: list[list[int]], longest: int) -> Any:
         width = max(map(len, token_ids))
         ids, mask = (torch.zeros(len(token_ids), width, dtype=torch.long) for _ in range(2))
         for row, tokens in enumerate(token_ids):
             ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             return model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=LENGTH, num_beams=BEAMS, do_sample=False
+                input_ids=ids, attention_mask=mask, max_new_tokens=longest, num_beams=BEAMS, do_sample=False
             ).numpy()
 
     return {
@@ -187,7 +187,7 @@ def torch() -> dict[str, Any]:
 
 
 def _scores(place: Path, write: Any) -> dict[str, Any]:
-    """Translates the held-out pages with `write(token ids of sources) -> token ids [B, U]`."""
+    """Translates the held-out pages with `write(token ids of sources, U) -> token ids [B, U]`."""
     import sacrebleu
 
     from lmzoo import Tokenizer
@@ -202,7 +202,9 @@ def _scores(place: Path, write: Any) -> dict[str, Any]:
     start = time.perf_counter()
     for first in range(0, len(rows), ROWS):
         chosen = order[first : first + ROWS]
-        for number, text in zip(chosen, tokenizer.decode(write([sources[each] for each in chosen])), strict=True):
+        longest = min(LENGTH, -(-2 * len(sources[chosen[-1]]) // 32) * 32)
+        texts = tokenizer.decode(write([sources[number] for number in chosen], longest))
+        for number, text in zip(chosen, texts, strict=True):
             rows[number]["text"] = text
     seconds = time.perf_counter() - start
     unseen = [row for row in rows if not row["seen"]]
@@ -223,9 +225,10 @@ if __name__ == "__main__":
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--minutes", type=float, default=20.0, help="how long each contender trains")
     chosen, rest = first.parse_known_args()
-    os.environ.setdefault(MINUTES, str(chosen.minutes))
     sys.argv[1:] = rest if {"--rounds", "--worker"} & set(rest) else ["--rounds", "1", *rest]
     with tempfile.TemporaryDirectory() as scratch:
+        if "--worker" not in rest:
+            os.environ[MINUTES] = str(chosen.minutes)
         if SCRATCH not in os.environ:
             os.environ[SCRATCH] = scratch
             if not {"-h", "--help"} & set(rest):

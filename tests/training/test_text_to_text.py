@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -233,3 +235,30 @@ def test_a_model_that_answers_no_texts_is_refused(place, tmp_path):
     directory = make_untrained(tmp_path / "gpt", "gpt2", texts, vocab_size=300, **tiny)
     with pytest.raises(CheckpointError, match="holds a GPTModel, but text-to-text needs an encoder and a decoder"):
         recipe_of(place).load(directory)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_devices_write_what_one_writes(learnt, place, tmp_path):
+    """In a process of its own, which has one strategy."""
+    result, _ = learnt
+    code = f"""
+import json
+from lmzoo.training import finetune
+data = {str(place / "pairs.jsonl")!r}
+result = finetune(
+    task="text-to-text", model={str(result.checkpoint)!r}, train=data, validation=data, test=data,
+    directory={str(tmp_path / "two")!r}, max_length=16, max_target_length=8, batch_size=8, epochs=1, verbose="0",
+    learning_rate=1e-4, num_beams=2, strategy="mirrored", virtual_cpus=2, dropout_rate=0.0,
+)
+print(json.dumps(result.metrics))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 replicas" in done.stdout
+    settings = {"model": result.checkpoint, "optimizer": "adamw", "learning_rate": 1e-4, "batch_size": 8, "epochs": 1}
+    one, _ = run(place, tmp_path / "one", num_beams=2, dropout_rate=0.0, **settings)
+    assert json.loads(done.stdout.splitlines()[-1]) == one.metrics
+    two = weights_of(tmp_path / "two" / "best")
+    for name, value in weights_of(one.checkpoint).items():
+        np.testing.assert_allclose(two[name], value, atol=1e-4)
