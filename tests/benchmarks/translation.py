@@ -4,9 +4,8 @@ The data, the held-out pages, the tokenizer, the shape of the model and the batc
 examples/translate_t5.py, which says what they are. Each contender trains for `--minutes` and then translates the
 held-out pages with 4 beams. lmzoo's run is that of the example, with as many steps as a short run before says will fit;
 torch's is a plain loop with fused AdamW, a learning rate that falls to 0 with the time that is left, label smoothing,
-gradients clipped to norm 1, and autocast to bfloat16 if a few steps say that it is faster. Of torch's settings, the
-learning rate was chosen among several in short runs, as lmzoo's was. Time is that of the training alone, with all
-compiling; a quiet machine is needed for it.
+gradients clipped to norm 1, and autocast to bfloat16 if a few steps say that it is faster; `--only torch --torch-rate`
+tries another learning rate. Time is that of the training alone, with all compiling; a quiet machine is needed for it.
 
 Pages come from Debian's packages libreoffice-help-en-us and libreoffice-help-de, by `apt-get download`; or they are
 under the directory that LMZOO_TRANSLATION_PAGES names, in usr/share/libreoffice/help as the packages have them.
@@ -30,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 PAGES, MINUTES, SCRATCH = "LMZOO_TRANSLATION_PAGES", "LMZOO_TRANSLATION_MINUTES", "LMZOO_TRANSLATION_SCRATCH"
 PACKAGES = ("libreoffice-help-en-us", "libreoffice-help-de")
-LENGTH, BEAMS, SMOOTHING, ROWS = 128, 4, 0.1, 64
-TORCH_RATE, TORCH_WARMUP = 2e-3, 0.1
+RATE = "LMZOO_TRANSLATION_TORCH_RATE"
+LENGTH, BEAMS, SMOOTHING, ROWS, WARMUP = 128, 4, 0.1, 64, 0.1
 TRIAL_STEPS = 40
 COLUMNS = ["BLEU", "BLEU unseen", "chrF unseen", "train seconds", "CPU seconds", "steps", "decode seconds", "peak MB"]
 
@@ -110,6 +109,7 @@ def torch() -> dict[str, Any]:
     from lmzoo.data.text_to_text import encode_text_to_text
 
     place, budget = Path(os.environ[SCRATCH]), 60.0 * float(os.environ[MINUTES])
+    peak = float(os.environ[RATE])
     torch.manual_seed(0)
     config = transformers.T5Config.from_pretrained(place / "start", dropout_rate=0.0)
     model = transformers.T5ForConditionalGeneration(config)
@@ -160,7 +160,7 @@ def torch() -> dict[str, Any]:
     optimizer.state.clear()
     start, cpu, step = time.perf_counter(), time.process_time(), 0
     while (spent := (time.perf_counter() - start) / budget) < 1.0:
-        loss = train_step(step, TORCH_RATE * min(spent / TORCH_WARMUP, (1.0 - spent) / (1.0 - TORCH_WARMUP)), autocast)
+        loss = train_step(step, peak * min(spent / WARMUP, (1.0 - spent) / (1.0 - WARMUP)), autocast)
         step += 1
         if step % 100 == 0:
             print(f"step {step}, {100 * spent:.0f}% of the time, loss {loss:.3f}", file=sys.stderr)
@@ -224,11 +224,12 @@ def _scores(place: Path, write: Any) -> dict[str, Any]:
 if __name__ == "__main__":
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--minutes", type=float, default=20.0, help="how long each contender trains")
+    first.add_argument("--torch-rate", type=float, default=2e-3, help="torch's learning rate at its peak")
     chosen, rest = first.parse_known_args()
     sys.argv[1:] = rest if {"--rounds", "--worker"} & set(rest) else ["--rounds", "1", *rest]
     with tempfile.TemporaryDirectory() as scratch:
         if "--worker" not in rest:
-            os.environ[MINUTES] = str(chosen.minutes)
+            os.environ |= {MINUTES: str(chosen.minutes), RATE: str(chosen.torch_rate)}
         if SCRATCH not in os.environ:
             os.environ[SCRATCH] = scratch
             if not {"-h", "--help"} & set(rest):
