@@ -68,7 +68,7 @@ def lmzoo() -> dict[str, Any]:
     from lmzoo.training import FinetuneConfig, finetune
 
     place, budget = Path(os.environ[SCRATCH]), 60.0 * float(os.environ[MINUTES])
-    files = f"--train {place}/train.jsonl --model {place}/start --verbose 0 --epochs 1000"
+    files = f"--train {place}/train.jsonl --model {place}/start --verbose 0 --log-every 1 --epochs 1000"
 
     def run(name: str, words: str) -> Any:
         text = f"--task text-to-text {example.TRAINING} {files} --directory {place}/{name} {words}"
@@ -87,7 +87,7 @@ def lmzoo() -> dict[str, Any]:
     each = (trial[TRIAL_STEPS] - trial[middle]) / (TRIAL_STEPS - middle)
     steps = max(1, int((budget - trial[middle]) / each) + middle)
     cpu = time.process_time()
-    result = run("run", f"--max-steps {steps} --log-every 1")
+    result = run("run", f"--max-steps {steps}")
     cpu = time.process_time() - cpu
 
     def write(token_ids: list[list[int]], longest: int) -> Any:
