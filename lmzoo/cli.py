@@ -114,6 +114,10 @@ def evaluate(
     text: str | None = None,
     pair: str | None = None,
     label: str | None = None,
+    prefix: str = "",
+    max_target_length: int = 128,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
     dtype: str = "float32",
 ) -> None:
     """Score a checkpoint on a prepared corpus, or a fine-tuned one on labelled examples.
@@ -135,13 +139,29 @@ def evaluate(
         text: Field of the text of an example; by default as in `lmzoo finetune`, as the next two.
         pair: Field of its second text.
         label: Field of its label.
+        prefix: Stands in front of each text, for a model that answers texts with texts; as in training.
+        max_target_length: The most tokens that such a model writes.
+        num_beams: How many texts a beam search follows as it writes.
+        length_penalty: Of the beam search.
         dtype: Precision of the computation.
     """
     from lmzoo.training import evaluate as run
     from lmzoo.training import evaluate_task
 
     if not (len(data) == 1 and Path(data[0]).is_dir()):
-        task_scores = evaluate_task(model, data, text=text, pair=pair, label=label, batch_size=batch_size, dtype=dtype)
+        task_scores = evaluate_task(
+            model,
+            data,
+            text=text,
+            pair=pair,
+            label=label,
+            batch_size=batch_size,
+            dtype=dtype,
+            prefix=(prefix,),
+            max_target_length=max_target_length,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+        )
         print(json.dumps(task_scores))
         return
     scores = run(

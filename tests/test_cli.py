@@ -109,6 +109,8 @@ def test_help_says_what_there_is(tmp_path, command):
         ("finetune_tagger", (), "saved_models/run/1/saved_model.pb"),
         ("finetune_qa", (), "saved_models/run/1/saved_model.pb"),
         ("finetune_similarity", (), "saved_models/run/1/saved_model.pb"),
+        ("translate_t5", (), "runs/translate-smoke/run/predictions.jsonl"),
+        ("summarize_t5", (), "runs/summarize-smoke/run/metrics.json"),
     ],
 )
 def test_the_examples_run(tmp_path, script, arguments, made):

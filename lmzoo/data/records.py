@@ -39,11 +39,18 @@ class Records(Sequence[Record]):
     Args:
         rows: the records.
         places: of each of them, for messages; by default their numbers from 1.
+        sources: number of the source of each of them, from 0; by default all are of one.
     """
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]], places: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        places: Sequence[str] | None = None,
+        sources: Sequence[int] | None = None,
+    ) -> None:
         self.rows = [dict(row) for row in rows]
         self.places = [f"record {number + 1}" for number in range(len(self.rows))] if places is None else list(places)
+        self.sources = [0] * len(self.rows) if sources is None else list(sources)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -53,12 +60,16 @@ class Records(Sequence[Record]):
     @overload
     def __getitem__(self, index: slice) -> Records: ...
     def __getitem__(self, index: int | slice) -> Record | Records:
-        return Records(self.rows[index], self.places[index]) if isinstance(index, slice) else self.rows[index]
+        return self.take(range(len(self))[index]) if isinstance(index, slice) else self.rows[index]
 
     def take(self, indices: Iterable[int]) -> Records:
         """The records of these numbers, in this order."""
         numbers = list(indices)
-        return Records([self.rows[number] for number in numbers], [self.places[number] for number in numbers])
+        return Records(
+            [self.rows[number] for number in numbers],
+            [self.places[number] for number in numbers],
+            [self.sources[number] for number in numbers],
+        )
 
     def column(self, field: str) -> list[Any]:
         """The value of a field in each record.
@@ -111,14 +122,16 @@ def read_records(sources: str | os.PathLike[str] | Sequence[str | os.PathLike[st
         raise ValueError("sources: none given; name a file, or tfds:NAME")
     places: list[str] = []
     rows: list[Record] = []
-    for source in [os.fspath(each) for each in given]:
+    numbers: list[int] = []
+    for number, source in enumerate(os.fspath(each) for each in given):
         before = len(rows)
         for place, row in _read(source):
             places.append(place)
             rows.append(row)
         if len(rows) == before:
             raise ValueError(f"{source}: there is no record in it; name a source that has some")
-    return Records(rows, places)
+        numbers += [number] * (len(rows) - before)
+    return Records(rows, places, numbers)
 
 
 def _read(source: str) -> Placed:

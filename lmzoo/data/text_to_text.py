@@ -28,7 +28,7 @@ def encode_text_to_text(
     *,
     source: str,
     target: str,
-    prefix: str = "",
+    prefix: str | Sequence[str] = "",
     max_source_length: int = 512,
     max_target_length: int = 128,
 ) -> Examples:
@@ -41,7 +41,8 @@ def encode_text_to_text(
         records: what to encode.
         tokenizer: that of the model.
         source, target: names of the fields.
-        prefix: stands in front of each source and says which task it is, such as "translate English to German: ".
+        prefix: stands in front of each source and says which task it is, such as "translate English to German: "; one
+            for all, or one for each record.
         max_source_length, max_target_length: tokens, the one that ends the text included; the end of a longer text is
             cut off.
 
@@ -56,10 +57,11 @@ def encode_text_to_text(
             raise ValueError(f"{name}: {length}; it must be at least 1")
     facts = SentinelFacts.of(tokenizer)
     end = facts.eos_token_id
+    prefixes = [prefix] * len(records) if isinstance(prefix, str) else prefix
     read, written = (
         [[*ids[: longest - 1], end] for ids in tokenizer.encode(texts)]
         for texts, longest in (
-            ([prefix + text for text in records.texts(source)], max_source_length),
+            ([before + text for before, text in zip(prefixes, records.texts(source), strict=True)], max_source_length),
             (records.texts(target), max_target_length),
         )
     )

@@ -11,3 +11,4 @@ from lmzoo.training.planning import plan as plan
 from lmzoo.training.pretraining import pretrain as pretrain
 from lmzoo.training.settings import PretrainConfig as PretrainConfig
 from lmzoo.training.task_evaluation import evaluate_task as evaluate_task
+from lmzoo.training.untrained import make_untrained as make_untrained

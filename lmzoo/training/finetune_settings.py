@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-TaskName = Literal["classify", "multilabel", "regress", "tag", "answer", "embed"]
+TaskName = Literal["classify", "multilabel", "regress", "tag", "answer", "embed", "text-to-text"]
 
 SETTINGS_FILE = "finetune.json"
 # What may change between a run and its continuation, and changes nothing of what is learnt.
@@ -19,9 +19,11 @@ class FinetuneConfig:
     """All that a fine-tuning run depends on; also the flags of `lmzoo finetune`."""
 
     model: Path
-    """Directory of the checkpoint to begin with: of an encoder, or of a model that has been fine-tuned before."""
+    """Directory of the checkpoint to begin with: of an encoder, of a model that has been fine-tuned before, or of one
+    with an encoder and a decoder for text-to-text."""
     task: TaskName = "classify"
-    """What is learnt: one label for a text, several, numbers, a tag for each word, answers in a text, or vectors."""
+    """What is learnt: one label for a text, several, numbers, a tag for each word, answers in a text, vectors, or to
+    write a text for each."""
     train: tuple[str, ...]
     """Labelled examples: *.jsonl, *.json, *.csv, *.tsv, *.parquet, *.conll, or tfds:NAME@SPLIT."""
     validation: tuple[str, ...] = ()
@@ -34,22 +36,37 @@ class FinetuneConfig:
     """Where the run lies: checkpoints and logs. Started again with the same settings, it goes on."""
 
     text: str | None = None
-    """Field of the text, by default text; of the words of a tag task, tokens; of the question of an answer task."""
+    """Field of the text, by default text; of the words of a tag task, tokens; of the question of an answer task,
+    question; of what a text-to-text task reads, source."""
     pair: str | None = None
     """Field of the second text, none by default; that of an embed task is pair, of an answer task context."""
     label: str | None = None
-    """Field of the label, by default label; for these tasks tags and answers. Without one embed is contrastive."""
+    """Field of the label, by default label; for these tasks tags, answers and target. Without one embed is
+    contrastive."""
     labels: tuple[str, ...] = ()
     """All labels in the order of the model's outputs; by default those that occur, sorted."""
     max_score: float = 1.0
     """Score of an embed task that stands for a cosine of 1."""
     max_length: int | None = None
     """Tokens of an example; longer ones are cut, or read in parts for tags and answers. 128, and 384 for answers."""
+    max_target_length: int = 128
+    """Tokens of a target of a text-to-text task; longer ones are cut."""
+    prefix: tuple[str, ...] = ()
+    """Stands in front of each source text: one for all, or one for each of the sources that train names, each of which
+    is a task of its own."""
+    mixing_temperature: float = 1.0
+    """Several tasks are drawn in proportion to their examples; above 1, more evenly."""
+    mixing_cap: int | None = None
+    """As many examples of a task count in that, at most."""
+    packing: bool = False
+    """Let several pairs of a text-to-text task share a row of max_length and max_target_length tokens."""
     stride: int | None = None
     """Tokens that two windows of a long context have in common, in an answer task: 128, or a third of short ones."""
 
     epochs: int = 3
     """The most passes over the training part."""
+    max_steps: int | None = None
+    """End after so many steps, if that is sooner; the learning rate has fallen by then."""
     batch_size: int = 32
     """Examples in a global batch, over all devices and micro-batches."""
     micro_batches: int = 1
@@ -75,7 +92,9 @@ class FinetuneConfig:
     class_weights: Literal["balanced"] | tuple[float, ...] | None = None
     """Weight of each label in the loss; balanced lets all weigh the same together."""
     label_smoothing: float = 0.0
-    """Share of the target spread over the labels, for classify and tag."""
+    """Share of the target spread over the labels, for classify, tag and text-to-text."""
+    z_loss: float = 0.0
+    """Factor of log(Z) ** 2 in the loss of a text-to-text task."""
     dropout_rate: float | None = None
     """In training, of the whole model; by default as the checkpoint says."""
     pooling: Literal["mean", "first"] = "mean"
@@ -88,6 +107,12 @@ class FinetuneConfig:
     """Score that the best epoch is chosen by; by default the one usual for the task. loss and mse: lower is better."""
     max_answer_length: int = 30
     """The most tokens of an answer."""
+    num_beams: int = 1
+    """How many texts a beam search follows, in a text-to-text task; 1 takes the most likely token each time."""
+    length_penalty: float = 1.0
+    """Of the beam search: above 0 longer texts are preferred, the more the higher."""
+    max_new_tokens: int | None = None
+    """The most tokens of a text that is written; by default max_target_length."""
     n_best: int = 1
     """How many answers to each question are written down."""
     no_answer_threshold: float | None = None
@@ -124,6 +149,7 @@ class FinetuneConfig:
         "tag": ("tokens", None, "tags"),
         "answer": ("question", "context", "answers"),
         "embed": ("text", "pair", None),
+        "text-to-text": ("source", None, "target"),
     }
 
     def __post_init__(self) -> None:
@@ -131,16 +157,21 @@ class FinetuneConfig:
             "epochs",
             "batch_size",
             "micro_batches",
+            "max_steps",
             "early_stopping",
             "n_best",
             "max_answer_length",
             "max_length",
+            "max_target_length",
+            "max_new_tokens",
+            "mixing_cap",
+            "num_beams",
         )
         for name in (*counts, "log_every", "keep"):
             self._check(name, "an integer of 1 or more", lambda value: isinstance(value, int) and value >= 1)
-        for name in ("learning_rate", "max_score", "temperature", "stall_seconds"):
+        for name in ("learning_rate", "max_score", "temperature", "mixing_temperature", "stall_seconds"):
             self._check(name, "above 0", lambda value: value > 0.0)
-        for name in ("weight_decay", "l2_sp"):
+        for name in ("weight_decay", "l2_sp", "z_loss"):
             self._check(name, "0 or more", lambda value: value >= 0)
         for name in ("validation_fraction", "warmup_share", "label_smoothing", "dropout_rate"):
             self._check(name, "in [0, 1)", lambda value: 0.0 <= value < 1.0)
@@ -153,10 +184,26 @@ class FinetuneConfig:
             raise ValueError("FinetuneConfig.early_stopping needs a validation part, but validation_fraction is 0.")
         if self.task == "tag" and self.pair is not None:
             raise ValueError(f"FinetuneConfig.pair is {self.pair!r}, but words have no second text: leave it out.")
+        if self.task == "text-to-text":
+            self._check_text_to_text()
         if self.class_weights is not None and self.task not in ("classify", "tag"):
             raise ValueError(
                 f"FinetuneConfig.class_weights is {self.class_weights!r}, but {self.task} has no classes to weigh."
             )
+
+    def _check_text_to_text(self) -> None:
+        for name, usual in (("pair", None), ("freeze", None), ("layer_decay", 1.0), ("l2_sp", 0.0)):
+            if (value := getattr(self, name)) != usual:
+                raise ValueError(
+                    f"FinetuneConfig.{name} is {value!r}, but text-to-text has no use for it: leave it out."
+                )
+        for name in ("train", "validation", "test"):
+            sources = len(getattr(self, name))
+            if sources and len(self.prefix) > 1 and len(self.prefix) != sources:
+                raise ValueError(
+                    f"FinetuneConfig.prefix has {len(self.prefix)} prefixes, but {name} has {sources} sources: give "
+                    "one prefix for all, or one for each."
+                )
 
     @property
     def fields(self) -> tuple[str, str | None, str | None]:
@@ -176,4 +223,4 @@ class FinetuneConfig:
             raise ValueError(f"FinetuneConfig.{name} is {value!r}, but must be {rule}.")
 
 
-_OPTIONAL = ("max_length", "stride", "early_stopping", "dropout_rate")
+_OPTIONAL = ("max_length", "max_steps", "max_new_tokens", "mixing_cap", "stride", "early_stopping", "dropout_rate")

@@ -1,11 +1,9 @@
-"""What differs between the fine-tuning tasks: labels, examples, model, scores, and what is written of predictions."""
+"""Fine-tuning tasks of an encoder with a head, and the table of all tasks."""
 
 from __future__ import annotations
 
-import os
-import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,15 +23,19 @@ from lmzoo.data.labelled_texts import (
 )
 from lmzoo.data.records import Records
 from lmzoo.data.tokenizers import Tokenizer
-from lmzoo.models import find_architecture
+from lmzoo.models import Seq2SeqLM, find_architecture, load_pretrained
+from lmzoo.models.describe import readme
 from lmzoo.tasks import (
     EmbeddingModel,
     QuestionAnsweringModel,
     SequenceClassificationModel,
     TaskModel,
     TokenClassificationModel,
+    load_task,
 )
+from lmzoo.training.finetune_recipe import FinetunedModel, Outputs, TaskRecipe
 from lmzoo.training.finetune_settings import FinetuneConfig
+from lmzoo.training.finetune_text import TextToText
 from lmzoo.training.metrics import (
     Scores,
     answer_scores,
@@ -44,84 +46,50 @@ from lmzoo.training.metrics import (
     retrieval_scores,
 )
 
-Outputs = Sequence[np.ndarray]
 _STRIDE = 128
 
 
-class TaskRecipe(ABC):
-    """A task, for the settings of a run.
-
-    Args:
-        config: the settings.
-        records: the training part, by which labels are known that the settings do not name; none if the model has them.
-    """
+class EncoderRecipe(TaskRecipe):
+    """A task of an encoder with a head."""
 
     model_class: ClassVar[type[TaskModel]]
-    usual_metric: ClassVar[str]
-    per_token: ClassVar[bool] = False
 
     def __init__(self, config: FinetuneConfig, records: Records | None) -> None:
-        self.config = config
-        self.text, self.pair, self.label = config.fields
-        self.labels: tuple[str, ...] = ()
+        super().__init__(config, records)
         if records is not None:
             self.labels = config.labels or self._known_labels(self.find_labels(records))
-
-    @property
-    def metric(self) -> str:
-        """Name of the score that the best epoch is chosen by."""
-        return self.config.metric or self.usual_metric
-
-    def rank(self, scores: Scores) -> float:
-        """Lowest for the best scores.
-
-        Raises:
-            ValueError: there is no score of the name that the settings give.
-        """
-        if self.metric not in scores:
-            raise ValueError(f"FinetuneConfig.metric is {self.metric!r}, but must be one of {', '.join(scores)}.")
-        value = scores[self.metric]
-        return value if self.metric in ("loss", "mse") else -value
 
     def find_labels(self, records: Records) -> tuple[str, ...]:
         """The labels that occur; none for a task without."""
         return ()
 
-    @abstractmethod
-    def encode(self, records: Records, tokenizer: Tokenizer, max_length: int) -> Examples:
-        """Examples of records."""
-
-    @abstractmethod
-    def scores(self, examples: Any, outputs: Outputs) -> Scores:
-        """Scores of what the model gave for the examples."""
-
-    @abstractmethod
-    def predictions(self, examples: Any, outputs: Outputs) -> list[dict[str, Any]]:
-        """What is written down for each record."""
-
     def outputs(self, model: TaskModel, inputs: dict[str, tf.Tensor]) -> tf.Tensor:
-        """What scores and predictions are made of: [B, ...], or [B, T, ...] if it is `per_token`."""
+        """What the head gives."""
         return model(inputs, training=False)
 
-    def make_model(self, say: Callable[[str], None]) -> TaskModel:
-        """The model to train, with the weights of the checkpoint; what it lacks is new, and told."""
-        given = {} if self.config.dropout_rate is None else {"dropout_rate": self.config.dropout_rate}
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            model = self.model_class.from_pretrained(
-                checkpoints.find_checkpoint(self.config.model), dtype=self.config.dtype, **self.arguments(), **given
-            )
-        for warning in told:
-            say(str(warning.message))
+    def load(self, directory: Path, **options: Any) -> TaskModel:
+        """The encoder with its head, as much of it frozen as the settings say."""
+        model = self.model_class.from_pretrained(directory, **options, **self.arguments())
+        if self.config.freeze is not None:
+            model.freeze(self.config.freeze)
         return model
+
+    def readme(self, model: TaskModel, config: Mapping[str, Any]) -> str:
+        """With the function that opens a model of a task."""
+        return readme(model, config, loader="lmzoo.tasks.load_task", library=model.library)
 
     def arguments(self) -> dict[str, Any]:
         """Of the model's constructor."""
         return {}
 
-    def compile_arguments(self, examples: Examples) -> dict[str, Any]:
-        """Of the model's `compile`."""
-        return {}
+    def optimizer_arguments(self, model: TaskModel) -> dict[str, Any]:
+        """What layers learn more slowly, and what decays towards its start."""
+        more: dict[str, Any] = {}
+        if self.config.layer_decay < 1.0:
+            more["learning_rate_factors"] = model.learning_rate_factors(self.config.layer_decay)
+        if self.config.l2_sp:
+            more["start_decay"] = model.start_decay(self.config.l2_sp)
+        return more
 
     def _class_weights(self, numbers: np.ndarray) -> list[float] | None:
         """Weights of the labels, from the numbers of the labels that occur."""
@@ -140,7 +108,7 @@ class TaskRecipe(ABC):
         return labels if set(found) <= set(labels) else found
 
 
-class _Texts(TaskRecipe):
+class _Texts(EncoderRecipe):
     model_class = SequenceClassificationModel
     problem: ClassVar[Problem]
 
@@ -228,7 +196,7 @@ class Regress(_Texts):
         return [{"prediction": row.tolist() if len(row) > 1 else float(row[0])} for row in outputs]
 
 
-class Tag(TaskRecipe):
+class Tag(EncoderRecipe):
     """A tag for each word."""
 
     model_class = TokenClassificationModel
@@ -273,7 +241,7 @@ class Tag(TaskRecipe):
         return examples.tags([row.argmax(axis=1) for row in outputs], self.labels)
 
 
-class FindAnswers(TaskRecipe):
+class FindAnswers(EncoderRecipe):
     """An answer to a question, found in a text."""
 
     model_class = QuestionAnsweringModel
@@ -320,7 +288,7 @@ class FindAnswers(TaskRecipe):
         )
 
 
-class Embed(TaskRecipe):
+class Embed(EncoderRecipe):
     """Vectors of texts, near to each other for texts that mean the same."""
 
     model_class = EmbeddingModel
@@ -376,15 +344,24 @@ RECIPES: dict[str, type[TaskRecipe]] = {
     "tag": Tag,
     "answer": FindAnswers,
     "embed": Embed,
+    "text-to-text": TextToText,
 }
 
 
-def task_of(directory: str | os.PathLike[str], model: TaskModel) -> str:
-    """Name of the task that a fine-tuned model was made for."""
+def load_finetuned(directory: Path, *, dtype: Any = None) -> tuple[str, FinetunedModel]:
+    """The task that a checkpoint was trained for, and its model.
+
+    Raises:
+        ValueError: no task that can be evaluated trains such models.
+    """
+    if issubclass(find_architecture(directory), Seq2SeqLM):
+        return "text-to-text", load_pretrained(directory, dtype=dtype)
+    model = load_task(directory, dtype=dtype)
     problem = getattr(model, "problem", None)
     for name, recipe in RECIPES.items():
-        if isinstance(model, recipe.model_class) and problem == getattr(recipe, "problem", None):
-            return name
+        is_class = issubclass(recipe, EncoderRecipe) and isinstance(model, recipe.model_class)
+        if is_class and problem == getattr(recipe, "problem", None):
+            return name, model
     raise ValueError(f"{directory} holds a {type(model).__name__}, which is of no task that can be evaluated.")
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,13 @@ from lmzoo.engine.optimizers import make_optimizer
 from lmzoo.engine.schedules import make_schedule
 from lmzoo.engine.strategy import BatchPlan, is_chief, make_strategy, num_workers, wait_for_all
 from lmzoo.files import write_whole
-from lmzoo.models import find_architecture
-from lmzoo.models.describe import readme
-from lmzoo.tasks import TaskModel
 from lmzoo.training.callbacks import MetricsLog
 from lmzoo.training.checkpointing import CheckpointStore, Progress
 from lmzoo.training.evaluation import share_out
 from lmzoo.training.finetune_card import make_card
+from lmzoo.training.finetune_recipe import FinetunedModel, TaskRecipe
 from lmzoo.training.finetune_settings import FREE_SETTINGS, SETTINGS_FILE, FinetuneConfig
-from lmzoo.training.finetune_tasks import RECIPES, TaskRecipe
+from lmzoo.training.finetune_tasks import RECIPES
 from lmzoo.training.guards import LossGuard, StallWatch, StopOnTermination, Termination, told_of_lost_workers
 from lmzoo.training.metrics import Scores
 from lmzoo.training.prediction import Predictor, mean_loss, static_width
@@ -55,7 +54,7 @@ class FinetuneResult:
     directory: Path
     checkpoint: Path
     metrics: dict[str, Scores]
-    model: TaskModel
+    model: FinetunedModel
     tokenizer: Tokenizer
 
 
@@ -118,7 +117,7 @@ class _Run:
         with self.strategy.scope():
             self.model = self._make_model()
         self.progress = self.store.restore(self.model) or Progress(replicas=self.plan.replicas)
-        self.predictor = Predictor(self.model, self.recipe.outputs, batch_size=config.batch_size, width=self.width)
+        self.predictor = Predictor(self.model, self.recipe.outputs, batch_size=config.batch_size, **self.widths)
         self.guard = LossGuard(max_skipped=_MOST_SKIPPED, spike_factor=None, losses=self.progress.recent_losses)
         self.log = MetricsLog(
             self.directory if self.is_chief else None,
@@ -142,20 +141,23 @@ class _Run:
             records["train"] if config.labels else Records([row for name in _PARTS for row in records.get(name, ())])
         )
         self.recipe: TaskRecipe = RECIPES[config.task](config, known)
-        length = min(config.length, _context_length(directory))
-        self.width = static_width(self.strategy, length)
-        self.parts = {name: self.recipe.encode(part, self.tokenizer, length) for name, part in records.items()}
-        self.training = self.parts["train"]
+        length = self.recipe.longest(directory)
+        self.widths: dict[str, Any] = {
+            name: static_width(self.strategy, longest)
+            for name, longest in (("width", length), ("decoder_width", config.max_target_length))
+        }
+        self.training = self.recipe.encode_training(records["train"], self.tokenizer, length)
+        self.parts = {
+            name: self.recipe.encode(part, self.tokenizer, length) for name, part in records.items() if name != "train"
+        }
         self.steps_per_epoch = self._batches(self.training).batches_per_epoch
-        self.steps = config.epochs * self.steps_per_epoch
+        self.steps = min(config.epochs * self.steps_per_epoch, config.max_steps or sys.maxsize)
 
-    def _make_model(self) -> TaskModel:
+    def _make_model(self) -> FinetunedModel:
         """The model to train, compiled, with the variables of its optimizer; made under the scope of its strategy."""
         config = self.config
         keras.utils.set_random_seed(config.seed)
         model = self.recipe.make_model(self.say)
-        if config.freeze is not None:
-            model.freeze(config.freeze)
         schedule = make_schedule(
             config.schedule,
             config.learning_rate,
@@ -164,10 +166,9 @@ class _Run:
             final=0.0,
         )
         more: dict[str, Any] = {"beta_2": 0.999} if config.optimizer in ("adamw", "lamb") else {}
-        if config.layer_decay < 1.0:
-            more["learning_rate_factors"] = model.learning_rate_factors(config.layer_decay)
-        if config.l2_sp:
-            more["start_decay"] = model.start_decay(config.l2_sp)
+        if config.optimizer == "muon" and config.dtype == "mixed_bfloat16":
+            more["orthogonal_dtype"] = "bfloat16"
+        more |= self.recipe.optimizer_arguments(model)
         model.compile(
             make_optimizer(
                 config.optimizer, schedule, weight_decay=config.weight_decay, global_clipnorm=config.clip_norm, **more
@@ -186,7 +187,7 @@ class _Run:
         self._introduce()
         while True:
             step = self.progress.step
-            is_due = "validation" in self.parts and step and step % self.steps_per_epoch == 0
+            is_due = "validation" in self.parts and step and (step % self.steps_per_epoch == 0 or step == self.steps)
             if is_due and self.progress.validation_loss is None:
                 self._evaluate()
             if step >= self.steps or self._is_enough():
@@ -206,10 +207,7 @@ class _Run:
             content: dict[str, Any] = {"checkpoint": best.name, "epoch": self._epoch(best_step), **metrics}
             write_whole(self.directory / "metrics.json", json.dumps(content, indent=2) + "\n")
             self.model.card = make_card(self.config, metrics)
-            text = readme(
-                self.model, checkpoints.read_config(best), loader="lmzoo.tasks.load_task", library=self.model.library
-            )
-            write_whole(best / README, text)
+            write_whole(best / README, self.recipe.readme(self.model, checkpoints.read_config(best)))
         self.say(f"best checkpoint, of epoch {self._epoch(best_step)}: {best}")
         wait_for_all(self.strategy)
         return FinetuneResult(self.directory, best, metrics, self.model, self.tokenizer)
@@ -230,10 +228,10 @@ class _Run:
             self.say(f"going on after step {progress.step}, from {self.store.path(progress.step)}")
 
     def _batches(self, examples: Examples, **more: Any) -> LabelledBatches:
-        return LabelledBatches(examples, self.config.batch_size, seed=self.config.seed, width=self.width, **more)
+        return LabelledBatches(examples, self.config.batch_size, seed=self.config.seed, **self.widths, **more)
 
     def _epoch(self, step: int) -> int:
-        return step // self.steps_per_epoch
+        return -(-step // self.steps_per_epoch)
 
     def _is_enough(self) -> bool:
         """Whether the last epochs have brought nothing better."""
@@ -245,8 +243,8 @@ class _Run:
     def _train(self) -> None:
         """Trains up to the end of the epoch, and writes a checkpoint."""
         before = self.progress
-        epoch = self._epoch(before.step)
-        stop = (epoch + 1) * self.steps_per_epoch
+        epoch = before.step // self.steps_per_epoch
+        stop = min((epoch + 1) * self.steps_per_epoch, self.steps)
         part = self._batches(self.training, start=before.step, num_batches=stop - before.step)
         watch = StallWatch(
             self.config.stall_seconds,
@@ -331,10 +329,6 @@ def _split(records: Records, fraction: float, seed: int) -> tuple[Records, Recor
 
 
 _SPLIT = 2**32 - 1  # Stands where the number of an epoch does.
-
-
-def _context_length(directory: Path) -> int:
-    return int(find_architecture(directory).read_config(directory).context_length)
 
 
 def _told(scores: Scores) -> str:

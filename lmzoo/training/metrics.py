@@ -165,6 +165,32 @@ def _overlap(given: str, right: str) -> float:
     return 2.0 * common / (len(one) + len(two))
 
 
+def text_scores(targets: Sequence[str], texts: Sequence[str]) -> Scores:
+    """How near texts come to their targets: BLEU and chrF from 0 to 100 by sacreBLEU, ROUGE's F1 from 0 to 1, by
+    rouge-score, which knows ASCII letters and digits only, and the share of texts that are their targets.
+
+    Args:
+        targets: one for each text.
+        texts: what was written.
+
+    Reference: Post 2018, "A Call for Clarity in Reporting BLEU Scores"; Popović 2015, "chrF"; Lin 2004, "ROUGE".
+    """
+    import sacrebleu
+    from rouge_score import rouge_scorer
+
+    scorer = rouge_scorer.RougeScorer(_ROUGE)
+    rouge = [scorer.score(target, text) for target, text in zip(targets, texts, strict=True)]
+    return {
+        "bleu": sacrebleu.corpus_bleu(list(texts), [list(targets)]).score,
+        "chrf": sacrebleu.corpus_chrf(list(texts), [list(targets)]).score,
+        **{name: float(np.mean([score[name].fmeasure for score in rouge])) for name in _ROUGE},
+        "exact_match": float(np.mean([target == text for target, text in zip(targets, texts, strict=True)])),
+    }
+
+
+_ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
 def retrieval_scores(texts: np.ndarray, pairs: np.ndarray) -> Scores:
     """Of how many texts the nearest of all second texts, by cosine, is their own: accuracy, and the mean of 1 / rank.
 

@@ -21,14 +21,12 @@ class Predictor:
         model: what to run.
         outputs: (model, inputs of a batch) -> [B, ...].
         batch_size: examples in a global batch, a multiple of the number of replicas.
-        width: as in `LabelledBatches`.
+        widths: width and decoder_width, as in `LabelledBatches`.
     """
 
-    def __init__(
-        self, model: Any, outputs: Callable[[Any, Any], tf.Tensor], *, batch_size: int, width: int | None = None
-    ) -> None:
+    def __init__(self, model: Any, outputs: Callable[[Any, Any], tf.Tensor], *, batch_size: int, **widths: Any) -> None:
         self._strategy = strategy = model.distribute_strategy
-        self._batch_size, self._width = batch_size, width
+        self._batching = {"batch_size": batch_size, **widths}
 
         def run(inputs: Any) -> tf.Tensor:
             results = strategy.run(lambda part: outputs(model, part), args=(inputs,))
@@ -38,7 +36,7 @@ class Predictor:
 
     def __call__(self, examples: Examples, per_token: bool) -> list[np.ndarray]:
         """What comes out for each example; `per_token` cuts off what is of padding."""
-        batches = LabelledBatches(examples, self._batch_size, shuffle=False, width=self._width)
+        batches = LabelledBatches(examples, shuffle=False, **self._batching)
         results: list[Any] = [None] * len(examples)
         for step, (inputs, _, _) in enumerate(share_out(batches, self._strategy)):
             rows = batches.rows_at(step)

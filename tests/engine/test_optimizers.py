@@ -173,3 +173,17 @@ def test_unknown_name():
 def test_ema():
     assert make_optimizer("lion", 0.1, ema_momentum=0.5).get_config()["use_ema"] is True
     assert make_optimizer("lion", 0.1).use_ema is False
+
+
+def test_muon_makes_orthogonal_in_bfloat16_too():
+    matrix = np.random.default_rng(0).normal(0.0, 1e-3, (24, 64)).astype("float32")
+    exact, quick = (
+        keras.ops.convert_to_numpy(
+            make_optimizer("muon", 0.1, **settings).zeropower_via_newtonschulz5(keras.ops.convert_to_tensor(matrix), 5)
+        )
+        for settings in ({}, {"orthogonal_dtype": "bfloat16"})
+    )
+    assert quick.dtype == np.float32
+    difference = np.linalg.norm(quick - exact) / np.linalg.norm(exact)
+    assert 1e-4 < difference < 0.1
+    assert np.linalg.svd(quick, compute_uv=False).min() > 0.5
