@@ -41,7 +41,7 @@ def make_untrained(
         The directory.
     """
     model_class, config = find_preset(preset)
-    tokenizer = Tokenizer.train(iter(texts), kind=model_class.tokenizer_kind, vocab_size=vocab_size)
+    tokenizer = Tokenizer.train(iter(texts), kind=model_class.usual_tokenizer(config), vocab_size=vocab_size)
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     keras.utils.set_random_seed(seed)
     model = model_class(config.replace(vocab_size=tokenizer.vocab_size, **ids, **shape))
