@@ -16,6 +16,8 @@ from lmzoo.generation import BeamOptions, SamplingOptions, StreamedTokens
 from lmzoo.models import GenerativeLM
 from lmzoo.pipelines.base import Pipeline, as_text
 from lmzoo.pipelines.requests import RequestInputs, drawn
+from lmzoo.pipelines.scoring import Continuations, score
+from lmzoo.pipelines.steps import decode_function, prefill
 from lmzoo.pipelines.stop_strings import StopStrings
 
 Tensor = Any
@@ -43,7 +45,7 @@ class Prompts(NamedTuple):
 class GenerativePipeline(Pipeline):
     """A pipeline that writes a text for each text, from left to right, by drawing tokens or by a beam search.
 
-    A subclass says how it reads texts, in `_prompts`.
+    A subclass says how it reads texts, in `_prompts` and `_continuations`, and ids, in `_logits` and `_prefilled`.
 
     Args:
         model, tokenizer: as in `Pipeline`.
@@ -89,6 +91,7 @@ class GenerativePipeline(Pipeline):
             self.options = dataclasses.replace(self.options, top_k=None, top_p=None, min_p=None)
         self._inputs = RequestInputs(self.options, max_new_tokens, seed)
         self._generate = self._function(self._new_text)
+        self._score = self._score_function()
         self._stream_decoder = functools.lru_cache(maxsize=8)(functools.partial(model.decoder, self.max_new_tokens))
 
     # ---- calling
@@ -149,6 +152,32 @@ class GenerativePipeline(Pipeline):
         ]
         return found[0] if isinstance(text, str) else found
 
+    def score(self, text: str | Iterable[str], continuation: str | Iterable[str]) -> Any:
+        """How likely the model finds that a text goes on with, or is answered by, another one.
+
+        Args:
+            text: a str, or an iterable of str.
+            continuation: likewise.
+
+        Returns:
+            A dict with `log_likelihood`, the sum over the tokens of the continuation, `num_tokens`, how many these are,
+            and `is_greedy`, whether each of them is the most likely one; or a list of such dicts.
+
+        Raises:
+            TypeError: a text is not a str, or only one of both is.
+            ValueError: there are more texts than continuations, or fewer.
+        """
+        if isinstance(text, str) != isinstance(continuation, str):
+            raise TypeError("text and continuation must both be a str, or both be lists of str.")
+        pair = ([text], [continuation]) if isinstance(text, str) else (text, continuation)
+        columns = [[as_text(item) for item in each] for each in pair]
+        if len(columns[0]) != len(columns[1]):
+            raise ValueError(f"there are {len(columns[0])} texts and {len(columns[1])} continuations: give as many.")
+        outputs = self._score(*(tf.constant(column, tf.string, [len(column)]) for column in columns))
+        values = zip(*(value.numpy().tolist() for value in outputs.values()), strict=True)
+        scores = [dict(zip(outputs, row, strict=True)) for row in values]
+        return scores[0] if isinstance(text, str) else scores
+
     def stream(self, text: str, *, seed: Any = None, max_new_tokens: Any = None, **options: Any) -> Iterator[str]:
         """Yields the new text for one text piece by piece, as its tokens come.
 
@@ -183,13 +212,46 @@ class GenerativePipeline(Pipeline):
     def _prompts(self, text: Tensor, is_streamed: bool = False) -> Prompts:
         """What is decoded from for texts, tf.string [B]; a stream compiles a function for each of its shapes."""
 
+    @abstractmethod
+    def _continuations(self, text: Tensor, continuation: Tensor) -> Continuations:
+        """What is scored of texts and what follows them, tf.string [B]."""
+
+    @abstractmethod
+    def _id_specs(self) -> dict[str, dict[str, tf.TensorSpec]]:
+        """Inputs of the signatures on ids: of `tokens`, and of `prefill`."""
+
+    @abstractmethod
+    def _logits(self, **inputs: Tensor) -> Tensor:
+        """Scores of all tokens, as the signature `tokens` gives them."""
+
+    @abstractmethod
+    def _prefilled(self, **inputs: Tensor) -> tuple[Tensor, Tensor, Any, int]:
+        """What `steps.prefill` takes of the inputs of the signature `prefill`."""
+
     def _signatures(self) -> dict[str, Any]:
         @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "text")], autograph=False)
         def serve(text: Tensor) -> dict[str, Tensor]:
             return self._generate(text)
 
         beams = {"n_best": self._n_best} if self.beams.num_beams > 1 else {}
-        return {"serving_default": serve, "generate": self._generate, **beams}
+        specs = self._id_specs()
+        filled = on_ids(lambda **inputs: prefill(self.model, *self._prefilled(**inputs)), specs["prefill"])
+        return {
+            "serving_default": serve,
+            "generate": self._generate,
+            **beams,
+            "score": self._score,
+            "tokens": on_ids(lambda **inputs: {"logits": self._logits(**inputs)}, specs["tokens"]),
+            "prefill": filled,
+            "decode": decode_function(self.model, filled.get_concrete_function().structured_outputs),
+        }
+
+    def _score_function(self) -> Any:
+        def run(text: Tensor, continuation: Tensor) -> dict[str, Tensor]:
+            return score(self.model, self._continuations(text, continuation))
+
+        specs = [tf.TensorSpec([None], tf.string, name) for name in ("text", "continuation")]
+        return tf.function(run, input_signature=specs, autograph=False)
 
     @functools.cached_property
     def _n_best(self) -> Any:
@@ -268,3 +330,18 @@ class GenerativePipeline(Pipeline):
         text = self._stops.before(text)
         if len(text) > given:
             yield text[given:]
+
+
+def on_ids(run: Any, specs: dict[str, tf.TensorSpec]) -> Any:
+    """The graph of `run`, whose arguments have the names and the kinds of `specs`."""
+
+    def function(*values: Tensor) -> dict[str, Tensor]:
+        return run(**dict(zip(specs, values, strict=True)))
+
+    named = [tf.TensorSpec(spec.shape, spec.dtype, name) for name, spec in specs.items()]
+    return tf.function(function, input_signature=named, autograph=False)
+
+
+def id_specs(**dtypes: Any) -> dict[str, tf.TensorSpec]:
+    """Kinds of inputs [B, T], each of its dtype."""
+    return {name: tf.TensorSpec([None, None], dtype) for name, dtype in dtypes.items()}

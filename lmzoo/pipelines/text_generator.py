@@ -9,7 +9,9 @@ import tensorflow as tf
 
 from lmzoo.data.tokenizers import Tokenizer
 from lmzoo.models import CausalLM, Seq2SeqLM
-from lmzoo.pipelines.generative import GenerativePipeline, Prompts
+from lmzoo.pipelines.generative import GenerativePipeline, Prompts, id_specs
+from lmzoo.pipelines.guards import checked_ids, with_room
+from lmzoo.pipelines.scoring import Continuations, shifted
 
 Tensor = Any
 
@@ -36,7 +38,12 @@ class TextGenerator(GenerativePipeline):
     - `generate`: the same, with the optional inputs `seed` (below 0 draws one), `max_new_tokens` and each sampling
       option that the pipeline has on, [1] or [B]. The settings of the pipeline are their defaults;
     - `n_best`, if it searches with beams: as `generate`, -> text [B, n] and score [B, n], best first;
-    - `tokens`: token_ids [B, T] int32 -> logits [B, T, V] float32, without strings and tables.
+    - `score`: text [B] and continuation [B] -> log_likelihood [B] float32, num_tokens [B] int32, is_greedy [B] bool;
+    - `tokens`: token_ids [B, T] int32 -> logits [B, T, V] float32, without strings and tables, as the next two;
+    - `prefill`: token_ids [B, P] and lengths [B] int32 -> logits [B, V] float32 and a cache (see `steps`);
+    - `decode`: token_ids [B, 1] int32 and a cache -> logits [B, V] float32 and the cache.
+
+    In these three, an id outside the vocabulary or a row longer than the context is an InvalidArgument error.
 
     In Python, `tf.saved_model.load(path).generate(text)` is a function with the same defaults.
 
@@ -87,13 +94,6 @@ class TextGenerator(GenerativePipeline):
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         super().__init__(model, tokenizer, max_new_tokens, stop_strings=stop_strings, seed=seed, **sampling, **options)
 
-    def _signatures(self) -> dict[str, Any]:
-        @tf.function(input_signature=[tf.TensorSpec([None, None], tf.int32, "token_ids")], autograph=False)
-        def tokens(token_ids: Tensor) -> dict[str, Tensor]:
-            return {"logits": self.model(token_ids, training=False)}
-
-        return {**super()._signatures(), "tokens": tokens}
-
     def _prompts(self, text: Tensor, is_streamed: bool = False) -> Prompts:
         token_ids = self._graph_tokenizer.encode(text)
         token_ids = token_ids[:, self.max_new_tokens - self.model.config.context_length :]
@@ -101,3 +101,40 @@ class TextGenerator(GenerativePipeline):
         token_ids = token_ids.to_tensor(self._start_token_id)
         missing = tf.maximum(1 - tf.shape(token_ids)[1], 0)
         return Prompts(tf.pad(token_ids, [[0, 0], [0, missing]], constant_values=self._start_token_id), lengths)
+
+    def _continuations(self, text: Tensor, continuation: Tensor) -> Continuations:
+        whole = self._graph_tokenizer.encode(tf.strings.join([text, continuation]))
+        # White space belongs to the word behind it.
+        before = self._graph_tokenizer.encode(tf.strings.regex_replace(text, r"[\s\p{Z}]+\z", ""))
+        lengths, first = (tf.cast(each.row_lengths(), tf.int32) for each in (whole, before))
+        return shifted(
+            whole.to_tensor(),
+            lengths,
+            tf.minimum(first, lengths),
+            self.model.config.context_length,
+            self._start_token_id,
+        )
+
+    # ---- signatures on ids
+
+    def _id_specs(self) -> dict[str, dict[str, tf.TensorSpec]]:
+        ids = id_specs(token_ids=tf.int32)
+        return {"tokens": ids, "prefill": {**ids, "lengths": tf.TensorSpec([None], tf.int32)}}
+
+    def _logits(self, **inputs: Tensor) -> Tensor:
+        return self.model(self._checked_ids(inputs["token_ids"]), training=False)
+
+    def _prefilled(self, **inputs: Tensor) -> tuple[Tensor, Tensor, Any, int]:
+        token_ids, lengths = self._checked_ids(inputs["token_ids"]), inputs["lengths"]
+        rows, width = tf.unstack(tf.shape(token_ids))
+        # A row without tokens starts as an empty text does.
+        token_ids = tf.concat([token_ids, tf.fill([rows, tf.maximum(1 - width, 0)], self._start_token_id)], axis=1)
+        is_start = tf.expand_dims(lengths < 1, 1) & (tf.range(tf.shape(token_ids)[1]) == 0)
+        token_ids = tf.where(is_start, self._start_token_id, token_ids)
+        lengths = tf.clip_by_value(lengths, 1, tf.shape(token_ids)[1])
+        return token_ids, lengths, rows, self.model.config.context_length
+
+    def _checked_ids(self, token_ids: Tensor) -> Tensor:
+        """Ids [B, T] of the vocabulary, which fit the context; an InvalidArgument error if they are not."""
+        config = self.model.config
+        return with_room(checked_ids(token_ids, config.vocab_size), tf.shape(token_ids)[1], config.context_length)

@@ -13,7 +13,9 @@ from lmzoo.data.tokenizers import Tokenizer
 from lmzoo.models import Seq2SeqLM
 from lmzoo.models.generative import TEXT_MULTIPLE
 from lmzoo.pipelines.base import padded
-from lmzoo.pipelines.generative import GenerativePipeline, Prompts
+from lmzoo.pipelines.generative import GenerativePipeline, Prompts, id_specs, on_ids
+from lmzoo.pipelines.guards import checked_ids
+from lmzoo.pipelines.scoring import Continuations
 
 Tensor = Any
 
@@ -62,8 +64,16 @@ class TextToText(GenerativePipeline):
     - `generate`: the same, with the optional inputs `seed` (below 0 draws one), `max_new_tokens` and each sampling
       option that the pipeline has on, [1] or [B]. The settings of the pipeline are their defaults;
     - `n_best`, if it searches with beams: as `generate`, -> text [B, n] and score [B, n], best first;
+    - `score`: text [B] and continuation [B] -> log_likelihood [B] float32, num_tokens [B] int32, is_greedy [B] bool;
+      the end token is not counted;
     - `tokens`: token_ids [B, T] and decoder_token_ids [B, U] int32, padding_mask [B, T] bool -> logits [B, U, V]
-      float32, without strings and tables.
+      float32, without strings and tables, as the next three;
+    - `encode`: token_ids and padding_mask [B, T] -> hidden [B, T, D], what the encoder makes of them;
+    - `prefill`: token_ids and padding_mask [B, T] -> logits [B, V] float32 of the first token, and a cache for
+      `max_new_tokens` (see `steps`);
+    - `decode`: token_ids [B, 1] int32 and a cache -> logits [B, V] float32 and the cache.
+
+    In these four, an id outside the vocabulary is an InvalidArgument error.
 
     Shapes:
         text: tf.string [B]; options of a call: scalars, or [B] for one a row. Returns tf.string [B].
@@ -123,15 +133,6 @@ class TextToText(GenerativePipeline):
             settings |= {"temperature": 1.0} | {name: saved[name] for name in _DRAWS if saved.get(name) is not None}
         return settings
 
-    def _signatures(self) -> dict[str, Any]:
-        inputs = {"token_ids": tf.int32, "padding_mask": tf.bool, "decoder_token_ids": tf.int32}
-
-        def tokens(*values: Tensor) -> dict[str, Tensor]:
-            return {"logits": self.model(dict(zip(inputs, values, strict=True)), training=False)}
-
-        specs = [tf.TensorSpec([None, None], dtype, name) for name, dtype in inputs.items()]
-        return {**super()._signatures(), "tokens": tf.function(tokens, input_signature=specs, autograph=False)}
-
     def _prompts(self, text: Tensor, is_streamed: bool = False) -> Prompts:
         source = self._source(text, TEXT_MULTIPLE if is_streamed else 1)
         token_ids, lengths = self.model.start_tokens(tf.shape(text)[0])
@@ -145,3 +146,35 @@ class TextToText(GenerativePipeline):
         width = tf.maximum(-(-token_ids.bounding_shape(axis=1) // multiple), 1) * multiple
         mask = tf.sequence_mask(token_ids.row_lengths(), width)
         return {"token_ids": padded(token_ids, self.model.config.pad_token_id or 0, width), "padding_mask": mask}
+
+    def _continuations(self, text: Tensor, continuation: Tensor) -> Continuations:
+        token_ids = self._graph_tokenizer.encode(continuation)
+        start = tf.fill([tf.size(text), 1], self.model.config.start_token_id)
+        labels = token_ids.to_tensor()
+        batch = {**self._source(text), "decoder_token_ids": tf.concat([start, labels], axis=1)[:, :-1]}
+        return Continuations(batch, labels, tf.sequence_mask(token_ids.row_lengths(), tf.shape(labels)[1]))
+
+    # ---- signatures on ids
+
+    def _id_specs(self) -> dict[str, dict[str, tf.TensorSpec]]:
+        source = id_specs(token_ids=tf.int32, padding_mask=tf.bool)
+        return {"tokens": {**source, **id_specs(decoder_token_ids=tf.int32)}, "prefill": source}
+
+    def _signatures(self) -> dict[str, Any]:
+        encode = on_ids(
+            lambda **inputs: {"hidden": self.model.encode(self._checked_ids(inputs), training=False)},
+            self._id_specs()["prefill"],
+        )
+        return {**super()._signatures(), "encode": encode}
+
+    def _logits(self, **inputs: Tensor) -> Tensor:
+        return self.model(self._checked_ids(inputs), training=False)
+
+    def _prefilled(self, **inputs: Tensor) -> tuple[Tensor, Tensor, Any, int]:
+        token_ids, lengths = self.model.start_tokens(tf.shape(inputs["token_ids"])[0])
+        return token_ids, lengths, self._checked_ids(inputs), self.max_new_tokens
+
+    def _checked_ids(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs whose ids are of the vocabulary; an InvalidArgument error if they are not."""
+        size = self.model.config.vocab_size
+        return {name: checked_ids(each, size) if each.dtype == tf.int32 else each for name, each in inputs.items()}

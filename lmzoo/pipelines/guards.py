@@ -1,0 +1,24 @@
+"""Numbers of a request that a model could not work with end it with an error, and never the server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+Tensor = Any
+
+
+def checked_ids(ids: Tensor, size: int) -> Tensor:
+    """Ids as they are. Outside of [0, size) they are an InvalidArgument error, which says which and where.
+
+    It is the lookup in a table that checks on every device, which needs no string, unlike an assertion.
+    """
+    with tf.device("CPU:0"):
+        return tf.gather(tf.range(size), ids)
+
+
+def with_room(tensor: Tensor, used: Tensor, size: int) -> Tensor:
+    """A tensor as it is; an InvalidArgument error if any of `used` exceeds `size`."""
+    with tf.control_dependencies([checked_ids(used, size + 1)]):
+        return tf.identity(tensor)
