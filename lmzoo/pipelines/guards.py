@@ -18,7 +18,10 @@ def checked_ids(ids: Tensor, size: int) -> Tensor:
         return tf.gather(tf.range(size), ids)
 
 
-def with_room(tensor: Tensor, used: Tensor, size: int) -> Tensor:
-    """A tensor as it is; an InvalidArgument error if any of `used` exceeds `size`."""
-    with tf.control_dependencies([checked_ids(used, size + 1)]):
-        return tf.identity(tensor)
+def with_room(token_ids: Tensor, used: Tensor, size: int) -> Tensor:
+    """Ids [B, T] as they are; an InvalidArgument error if `used`, a scalar or [B], exceeds `size` anywhere.
+
+    The ids wait for the check by adding 0 from it, as control dependencies on what has no effect are optimised away.
+    """
+    nothing = tf.minimum(checked_ids(used, size + 1), 0)
+    return token_ids + tf.reshape(nothing, [-1, 1])

@@ -9,6 +9,8 @@ from tiny_text_to_text import SOURCES, tiny_t5, tiny_tokenizer
 
 from lmzoo.pipelines import TextToText
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "greedy": {},
     "sampler": {"temperature": 1.2, "top_k": 20, "seed": 3, "stop_strings": "th"},
@@ -49,7 +51,6 @@ def test_a_process_with_tensorflow_alone_gives_the_same(path):
     np.testing.assert_allclose(encoded["hidden"], tiny_t5().encode(batch), atol=1e-5)
 
 
-@pytest.mark.slow
 def test_greedy_answers_and_those_of_beams_are_the_same_too(path):
     names = ("greedy", "searcher")
     requests = [(path(name), "serving_default", {"text": SOURCES}) for name in names]
@@ -61,7 +62,7 @@ def test_greedy_answers_and_those_of_beams_are_the_same_too(path):
     np.testing.assert_allclose(best["score"], [[each["score"] for each in row] for row in expected], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sampler", pytest.param("searcher", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["sampler", "searcher"])
 def test_signatures_on_ids_need_neither_strings_nor_tables(path, name):
     ids = {"tokens", "encode", "prefill", "decode"}
     bundle = Bundle(path(name))

@@ -171,6 +171,7 @@ def test_a_checkpoint_brings_its_prefix_and_its_settings(tmp_path, searcher):
     assert (drawn.options.temperature, drawn.options.top_k) == (0.3, 7)
 
 
+@pytest.mark.slow
 def test_the_command_answers_as_the_checkpoint_says(tmp_path, searcher, capsys):
     save(tmp_path, config={"prefix": PREFIX, "num_beams": 4, "length_penalty": 0.6, "max_new_tokens": NEW})
     with pytest.raises(SystemExit):
