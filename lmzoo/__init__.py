@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lmzoo.pipelines import TextClassifier as TextClassifier
     from lmzoo.pipelines import TextEmbedder as TextEmbedder
     from lmzoo.pipelines import TextGenerator as TextGenerator
+    from lmzoo.pipelines import TextToText as TextToText
     from lmzoo.pipelines import TokenClassifier as TokenClassifier
     from lmzoo.pipelines import load_pipeline as load_pipeline
     from lmzoo.tasks import EmbeddingModel as EmbeddingModel
@@ -81,6 +82,7 @@ _PUBLIC = {
     "TextClassifier": "lmzoo.pipelines",
     "TextEmbedder": "lmzoo.pipelines",
     "TextGenerator": "lmzoo.pipelines",
+    "TextToText": "lmzoo.pipelines",
     "TokenClassifier": "lmzoo.pipelines",
     "load_pipeline": "lmzoo.pipelines",
     "EmbeddingModel": "lmzoo.tasks",

@@ -8,24 +8,25 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Before TensorFlow is loaded: its start-up notes are not ours.
 
 import tyro
 
 from lmzoo.engine.launch import launch
-from lmzoo.generation.sampling import SamplingOptions
+from lmzoo.generation import BeamOptions, SamplingOptions
 from lmzoo.training import FinetuneConfig, ObjectiveName, PlanConfig, PretrainConfig
 
 FlatPretrainConfig = Annotated[PretrainConfig, tyro.conf.OmitArgPrefixes]
 FlatFinetuneConfig = Annotated[FinetuneConfig, tyro.conf.OmitArgPrefixes]
 FlatPlanConfig = Annotated[PlanConfig, tyro.conf.OmitArgPrefixes]
 FlatSamplingOptions = Annotated[SamplingOptions, tyro.conf.OmitArgPrefixes]
+FlatBeamOptions = Annotated[BeamOptions, tyro.conf.OmitArgPrefixes]
 
 # What reads well in a terminal; the library's own default draws from the model's whole distribution.
 _SAMPLING = SamplingOptions(temperature=0.8, top_k=40)
-_MAX_NEW_TOKENS = 64
+_BEAMS = BeamOptions(num_beams=1)
 
 
 def prepare(
@@ -186,26 +187,65 @@ def evaluate(
 def generate(
     model: tyro.conf.Positional[Path],
     prompt: tyro.conf.Positional[str],
-    max_new_tokens: int = _MAX_NEW_TOKENS,
+    max_new_tokens: int | None = None,
     seed: int | None = None,
+    prefix: str | None = None,
     options: FlatSamplingOptions = _SAMPLING,
+    beams: FlatBeamOptions = _BEAMS,
 ) -> None:
-    """Continue a prompt, and print the text as it comes.
+    """Continue a prompt, or answer it, and print the text as it comes.
 
     Args:
         model: Directory of a checkpoint or of a run.
-        prompt: Text to go on from.
-        max_new_tokens: The most tokens to generate.
+        prompt: Text to go on from, or to answer.
+        max_new_tokens: The most tokens to generate; by default 64, or what the checkpoint says.
         seed: The same seed gives the same text.
-        options: How tokens are chosen.
+        prefix: What stands in front of a text that is answered; by default what the checkpoint says.
+        options: How tokens are chosen, if not as a checkpoint that answers texts says.
+        beams: How a beam search goes, with more than one beam and temperature 0.
     """
-    from lmzoo.pipelines import TextGenerator
+    from lmzoo.pipelines import TextToText, find_pipeline
 
-    generator = TextGenerator.from_pretrained(model, max_new_tokens=max_new_tokens, **dataclasses.asdict(options))
-    print(prompt, end="", flush=True)
-    for piece in generator.stream(prompt, seed=seed):
+    pipeline_class = find_pipeline(model)
+    settings = _writing_settings(model, pipeline_class, max_new_tokens, prefix, options, beams)
+    pipeline = pipeline_class.from_pretrained(model, **settings)
+    if pipeline_class is not TextToText:
+        print(prompt, end="", flush=True)
+    for piece in pipeline.stream(prompt, seed=seed) if pipeline.beams.num_beams == 1 else [pipeline(prompt)]:
         print(piece, end="", flush=True)
     print()
+
+
+def _writing_settings(
+    model: Path,
+    pipeline_class: type,
+    max_new_tokens: int | None,
+    prefix: str | None,
+    options: SamplingOptions,
+    beams: BeamOptions,
+) -> dict[str, Any]:
+    """Arguments of a pipeline that writes texts, from flags; a checkpoint that answers texts may say what they do not.
+
+    Raises:
+        ValueError: a flag is set that the pipeline does not know.
+    """
+    from lmzoo.pipelines import TextGenerator, TextToText
+
+    given = {
+        name: value for name, value in (("max_new_tokens", max_new_tokens), ("prefix", prefix)) if value is not None
+    }
+    if options != _SAMPLING or pipeline_class is TextGenerator:
+        given |= dataclasses.asdict(options)
+    if beams != _BEAMS:
+        given |= dataclasses.asdict(beams)
+    if pipeline_class is TextGenerator and prefix is not None:
+        raise ValueError(f"{model} continues texts, which takes no --prefix: put it in front of the prompt.")
+    if given and pipeline_class not in (TextGenerator, TextToText):
+        raise ValueError(
+            f"{model} is served by {pipeline_class.__name__}, which generates no tokens: leave out the flags that say "
+            "how."
+        )
+    return given
 
 
 def predict(
@@ -235,8 +275,10 @@ def export(
     model: tyro.conf.Positional[Path],
     directory: tyro.conf.Positional[Path],
     version: int | None = None,
-    max_new_tokens: int = _MAX_NEW_TOKENS,
+    max_new_tokens: int | None = None,
+    prefix: str | None = None,
     options: FlatSamplingOptions = _SAMPLING,
+    beams: FlatBeamOptions = _BEAMS,
 ) -> None:
     """Write a SavedModel for TF Serving: strings in; texts, labels, spans or vectors out.
 
@@ -244,20 +286,16 @@ def export(
         model: Directory of a checkpoint or of a run. What it was trained for says what is served.
         directory: Where the versions go, such as saved_models/gpt.
         version: Number of the version; by default the one after the newest.
-        max_new_tokens: The most tokens to generate for each string, if the model continues texts.
-        options: How tokens are chosen, if the model continues texts.
+        max_new_tokens: The most tokens to generate for each string, if the model writes texts; by default 64, or what
+            the checkpoint says.
+        prefix: What stands in front of a text that is answered; by default what the checkpoint says.
+        options: How tokens are chosen, if the model writes texts.
+        beams: How a beam search goes, with more than one beam and temperature 0.
     """
-    from lmzoo.pipelines import TextGenerator, find_pipeline
+    from lmzoo.pipelines import find_pipeline
 
     pipeline_class = find_pipeline(model)
-    settings = {"max_new_tokens": max_new_tokens, **dataclasses.asdict(options)}
-    if pipeline_class is not TextGenerator:
-        if (max_new_tokens, options) != (_MAX_NEW_TOKENS, _SAMPLING):
-            raise ValueError(
-                f"{model} is served by {pipeline_class.__name__}, which generates no tokens: leave out the flags that "
-                "say how."
-            )
-        settings = {}
+    settings = _writing_settings(model, pipeline_class, max_new_tokens, prefix, options, beams)
     print(pipeline_class.from_pretrained(model, **settings).export(directory, version=version))
 
 

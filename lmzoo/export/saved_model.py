@@ -6,11 +6,12 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.core.protobuf import saved_model_pb2
 
 PathLike = str | os.PathLike[str]
 
@@ -24,7 +25,12 @@ def saved_versions(directory: PathLike) -> list[int]:
 
 
 def write_saved_model(
-    directory: PathLike, module: tf.Module, signatures: Mapping[str, Any], *, version: int | None = None
+    directory: PathLike,
+    module: tf.Module,
+    signatures: Mapping[str, Any],
+    *,
+    version: int | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> Path:
     """Writes `<directory>/<version>/`, a SavedModel with the given signatures.
 
@@ -39,6 +45,7 @@ def write_saved_model(
             default is a tensor is an optional input: servers fill in the default, and so does a session that is not
             fed. (`tf.saved_model.load` does not: the signatures that it gives want every input.)
         version: must be higher than the versions there are. None is the next number, from 1 on.
+        finish: gets the SavedModel before it has its number, to add files to it.
 
     Returns:
         The directory of the version.
@@ -55,6 +62,8 @@ def write_saved_model(
     temporary = directory / f".{uuid.uuid4().hex[:8]}.tmp"
     try:
         tf.saved_model.save(module, str(temporary), signatures=dict(signatures))
+        if finish is not None:
+            finish(temporary)
         for path in temporary.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
@@ -62,6 +71,14 @@ def write_saved_model(
         return _publish(temporary, directory, version)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_signatures(path: Path) -> dict[str, Any]:
+    """The signatures of a SavedModel by name, as the `SignatureDef` messages in it."""
+    saved_model = saved_model_pb2.SavedModel()
+    saved_model.ParseFromString((path / "saved_model.pb").read_bytes())
+    signatures = saved_model.meta_graphs[0].signature_def
+    return {name: signatures[name] for name in sorted(signatures) if not name.startswith("__")}
 
 
 def _check_version(directory: Path, version: int) -> None:

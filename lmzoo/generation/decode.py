@@ -131,7 +131,7 @@ class GenerationLoop:
         if token_ids.shape[1] is None or token_ids.shape[1] < 1:
             token_ids = tf.pad(token_ids, [[0, 0], [0, tf.maximum(0, 1 - tf.shape(token_ids)[1])]])
         rows = [static_or_dynamic(token_ids)[0]]
-        limits = self.max_new_tokens if limits is None else limits
+        limits = self.max_new_tokens if limits is None else tf.minimum(limits, self.max_new_tokens)
         return token_ids, *(tf.broadcast_to(tf.cast(each, tf.int32), rows) for each in (lengths, limits))
 
     def _read(self, token_ids: Tensor, lengths: Tensor, source: Any) -> tuple[Tensor, Any, Tensor, Any]:

@@ -8,4 +8,5 @@ from lmzoo.pipelines.question_answerer import QuestionAnswerer as QuestionAnswer
 from lmzoo.pipelines.text_classifier import TextClassifier as TextClassifier
 from lmzoo.pipelines.text_embedder import TextEmbedder as TextEmbedder
 from lmzoo.pipelines.text_generator import TextGenerator as TextGenerator
+from lmzoo.pipelines.text_to_text import TextToText as TextToText
 from lmzoo.pipelines.token_classifier import TokenClassifier as TokenClassifier

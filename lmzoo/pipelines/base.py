@@ -13,11 +13,15 @@ import tensorflow as tf
 from lmzoo.checkpoints import find_checkpoint
 from lmzoo.data.tokenizer_training import without_surrogates
 from lmzoo.data.tokenizers import Tokenizer
-from lmzoo.export import write_saved_model
+from lmzoo.export import write_bundle
 from lmzoo.models import load_pretrained
+from lmzoo.pipelines.guards import checked_ids, with_room
 
 Tensor = Any
 Outputs = dict[str, Tensor]
+
+# Words of the texts that a server warms up with, up to those that fill the context.
+_WARMUP_LENGTHS = (8, 32, 128, 512, 2048)
 
 
 class Pipeline(tf.Module):
@@ -72,7 +76,8 @@ class Pipeline(tf.Module):
         """Writes `<directory>/<version>/`, a SavedModel for TF Serving that needs neither lmzoo nor Keras.
 
         Its signatures are those that the class names. In Python, `tf.saved_model.load(path)` also has each of them but
-        `serving_default` as a method.
+        `serving_default` as a method. With tensorflow-serving-api there are requests for the server to warm up with.
+        Beside the versions, README.md says how to serve and to call them.
 
         Args:
             directory: of all versions.
@@ -82,7 +87,7 @@ class Pipeline(tf.Module):
             The directory of the version.
 
         Raises:
-            FileExistsError, ValueError, OSError: as `lmzoo.export.write_saved_model`.
+            FileExistsError, ValueError, OSError: as `lmzoo.export.write_bundle`.
         """
         module = tf.Module()
         module.weights = [weight.value for weight in self.model.weights]
@@ -91,7 +96,13 @@ class Pipeline(tf.Module):
         for name, function in signatures.items():
             if name != "serving_default":
                 setattr(module, name, function)
-        return write_saved_model(directory, module, signatures, version=version)
+        lengths = (size for size in _WARMUP_LENGTHS if size < self.model.config.context_length)
+        texts = [self._sample_text(length) for length in (*lengths, self.model.config.context_length)]
+        return write_bundle(directory, module, signatures, version=version, texts=texts, title=type(self).__name__)
+
+    def _sample_text(self, num_words: int) -> str:
+        """A text of so many words, for a server to warm up with."""
+        return " ".join(["a"] * num_words)
 
     @abstractmethod
     def _signatures(self) -> dict[str, Any]:
@@ -209,8 +220,15 @@ class EncoderPipeline(Pipeline):
     def _signatures(self) -> dict[str, Any]:
         inputs = {"token_ids": tf.int32, "padding_mask": tf.bool, "token_type_ids": tf.int32}
 
+        config = self.model.config
+
         def tokens(*values: Tensor) -> Outputs:
-            return {self._model_output: self.model(dict(zip(inputs, values, strict=True)), training=False)}
+            batch = dict(zip(inputs, values, strict=True))
+            token_ids = checked_ids(batch["token_ids"], config.vocab_size)
+            batch["token_ids"] = with_room(token_ids, tf.shape(token_ids)[1], config.context_length)
+            if getattr(config, "num_token_types", 0) > 1:
+                batch["token_type_ids"] = checked_ids(batch["token_type_ids"], config.num_token_types)
+            return {self._model_output: self.model(batch, training=False)}
 
         specs = [tf.TensorSpec([None, None], dtype, name) for name, dtype in inputs.items()]
         return {

@@ -6,13 +6,14 @@ import os
 from typing import Any
 
 from lmzoo.checkpoints import CheckpointError, find_checkpoint, read_config
-from lmzoo.models import CausalLM, MaskedLM, find_architecture
+from lmzoo.models import CausalLM, MaskedLM, Seq2SeqLM, find_architecture
 from lmzoo.pipelines.base import Pipeline
 from lmzoo.pipelines.mask_filler import MaskFiller
 from lmzoo.pipelines.question_answerer import QuestionAnswerer
 from lmzoo.pipelines.text_classifier import TextClassifier
 from lmzoo.pipelines.text_embedder import TextEmbedder
 from lmzoo.pipelines.text_generator import TextGenerator
+from lmzoo.pipelines.text_to_text import TextToText
 from lmzoo.pipelines.token_classifier import TokenClassifier
 from lmzoo.tasks import TASKS, find_task, sentence_files
 
@@ -27,13 +28,16 @@ _MASKED_LM = ("ForMaskedLM", "ForPreTraining")
 
 
 def find_pipeline(directory: str | os.PathLike[str]) -> type[Pipeline]:
-    """The pipeline for a checkpoint or a run, by its task; without one, by whether it continues texts or fills masks.
+    """The pipeline for a checkpoint or a run, by its task; without one, by whether it continues texts, answers
+    them or fills masks.
 
     Raises:
         CheckpointError: it cannot be read, or no pipeline serves it.
     """
     directory = find_checkpoint(directory)
     model_class = find_architecture(directory)
+    if issubclass(model_class, Seq2SeqLM):
+        return TextToText
     continues = issubclass(model_class, CausalLM)
     names = read_config(directory).get("architectures") or []
     try:

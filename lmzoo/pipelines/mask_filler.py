@@ -75,6 +75,9 @@ class MaskFiller(EncoderPipeline):
         """
         return self._call(self._run, {"text": text}, batch_size)
 
+    def _sample_text(self, num_words: int) -> str:
+        return f"{self.tokenizer.id_to_token(self._mask_token_id)} {super()._sample_text(num_words)}"
+
     def _result(self, row: dict[str, Any], texts: tuple[str, ...]) -> Any:
         count = row.pop("count")
         if not count:

@@ -209,7 +209,7 @@ def test_a_tensor_of_another_shape_or_type_is_refused(greedy, text):
 
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused():
     with pytest.raises(ValueError, match=r"300 tokens \(tokenizer.vocab_size\).* 299 \(config.vocab_size\)"):
-        TextGenerator(tiny_model(vocab_size=299), tiny_tokenizer())
+        TextGenerator(tiny_model(vocab_size=299), tiny_tokenizer(), NEW)
 
 
 @pytest.mark.parametrize("max_new_tokens", [0, -1, CONTEXT_LENGTH, 2.0])

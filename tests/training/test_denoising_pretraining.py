@@ -127,9 +127,7 @@ def test_evaluations_take_out_the_same_spans(whole, capsys):
     assert scores.perplexity == pytest.approx(math.exp(scores.loss))
     weights = sum(result.held_out.batch_at(step)[2].sum() for step in range(result.held_out.num_batches))
     assert scores.num_tokens == weights
-    again = [
-        evaluate(result.directory / "last", corpus, seq_length=16, batch_size=size, verbose=0) for size in (8, 3)
-    ]
+    again = [evaluate(result.directory / "last", corpus, seq_length=16, batch_size=size, verbose=0) for size in (8, 3)]
     for each in again:
         assert (each.num_tokens, each.loss) == (scores.num_tokens, pytest.approx(scores.loss, rel=1e-5))
     words = ["evaluate", str(result.directory), str(corpus), "--noise-density", "0.5", "--mean-span-length", "4"]
