@@ -84,6 +84,8 @@ def test_an_error_is_one_line_and_a_status(workplace, arguments, status, message
         ["evaluate"],
         ["generate"],
         ["export"],
+        ["serve"],
+        ["demo"],
         ["predict"],
         ["finetune"],
         ["launch"],
