@@ -16,19 +16,17 @@ import tyro
 
 from lmzoo.engine.launch import launch
 from lmzoo.generation.sampling import SamplingOptions
-from lmzoo.serving import Limits
+from lmzoo.serving import demo, serve
 from lmzoo.training import FinetuneConfig, PlanConfig, PretrainConfig
 
 FlatPretrainConfig = Annotated[PretrainConfig, tyro.conf.OmitArgPrefixes]
 FlatFinetuneConfig = Annotated[FinetuneConfig, tyro.conf.OmitArgPrefixes]
 FlatPlanConfig = Annotated[PlanConfig, tyro.conf.OmitArgPrefixes]
 FlatSamplingOptions = Annotated[SamplingOptions, tyro.conf.OmitArgPrefixes]
-FlatLimits = Annotated[Limits, tyro.conf.OmitArgPrefixes]
 
 # What reads well in a terminal; the library's own default draws from the model's whole distribution.
 _SAMPLING = SamplingOptions(temperature=0.8, top_k=40)
 _MAX_NEW_TOKENS = 64
-_LIMITS = Limits()
 
 
 def prepare(
@@ -229,64 +227,6 @@ def export(
     print(pipeline_class.from_pretrained(model, **settings).export(directory, version=version))
 
 
-def serve(
-    bundle: tyro.conf.Positional[tuple[Path, ...]],
-    host: str = "127.0.0.1",
-    rest_port: int = 8501,
-    grpc_port: int | None = 8500,
-    poll_seconds: float = 1.0,
-    allow_origin: bool = False,
-    limits: FlatLimits = _LIMITS,
-) -> None:
-    """Serve SavedModels on this machine as TF Serving would, to develop against; production is TF Serving itself.
-
-    Args:
-        bundle: Directories that `lmzoo export` wrote to, such as saved_models/gpt. The newest version is served, and a
-            newer one as soon as it is there.
-        host: Address to listen on; by default no other machine reaches it.
-        rest_port: Of the REST API.
-        grpc_port: Of gRPC, or None.
-        poll_seconds: Time between two looks for a newer version.
-        allow_origin: Whether pages of other servers may send requests (CORS).
-        limits: What a request may take.
-    """
-    from lmzoo.serving import serve as run
-
-    run(
-        bundle,
-        host=host,
-        rest_port=rest_port,
-        grpc_port=grpc_port,
-        poll_seconds=poll_seconds,
-        allow_origin=allow_origin,
-        limits=limits,
-    )
-
-
-def demo(
-    bundle: tyro.conf.Positional[tuple[Path, ...]] = (),
-    server: str | None = None,
-    models: tuple[str, ...] = (),
-    host: str = "127.0.0.1",
-    port: int = 8080,
-    limits: FlatLimits = _LIMITS,
-) -> None:
-    """Show a page to try SavedModels on in a browser.
-
-    Args:
-        bundle: Directories that `lmzoo export` wrote to; they are served beside the page.
-        server: URL of a TF Serving that runs already, in their place. It must be started with
-            --rest_api_enable_cors_support.
-        models: Names of the models of that server.
-        host: Address of the page; by default no other machine reaches it.
-        port: Of the page.
-        limits: What a request may take.
-    """
-    from lmzoo.serving import demo as run
-
-    run(bundle, server=server, models=models, host=host, port=port, limits=limits)
-
-
 _COMMANDS: dict[str, Callable[..., int | None]] = {
     "prepare": prepare,
     "pretrain": pretrain,
@@ -307,7 +247,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         sys.exit(
             tyro.extras.subcommand_cli_from_dict(
-                _COMMANDS, prog="lmzoo", args=args, config=(tyro.conf.FlagConversionOff,)
+                _COMMANDS, prog="lmzoo", args=args, config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
             )
         )
     except (ValueError, OSError, FloatingPointError) as error:

@@ -24,12 +24,12 @@ class Limits:
     """What a development server lets a request take.
 
     Args:
-        max_request_bytes: of a request's body, or of a message of gRPC.
-        max_rows: rows of an input.
-        max_concurrency: requests that run at a time.
-        max_connections: connections over HTTP, or calls of gRPC; further ones are refused at once.
-        queue_seconds: how long a request waits for its turn.
-        timeout_seconds: how long a request runs, and how long a client may be silent.
+        max_request_bytes: Of a request's body, or of a message of gRPC.
+        max_rows: Rows of an input.
+        max_concurrency: Requests that run at a time.
+        max_connections: Connections over HTTP, or calls of gRPC; further ones are refused at once.
+        queue_seconds: How long a request waits for its turn.
+        timeout_seconds: How long a request runs, and how long a client may be silent.
     """
 
     max_request_bytes: int = 16 * 2**20

@@ -19,6 +19,7 @@ from lmzoo.serving.protos import has_serving_api
 _HOST = "127.0.0.1"
 _DRAIN_SECONDS = 10.0
 _SIGNAL_SECONDS = 0.1
+_LIMITS = Limits()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ def model_server(
     rest_port: int = 0,
     grpc_port: int | None = 0,
     poll_seconds: float = 1.0,
-    limits: Limits | None = None,
+    limits: Limits = _LIMITS,
     pages: rest.Pages | None = None,
     allow_origin: bool = False,
 ) -> Iterator[Addresses]:
@@ -57,7 +58,6 @@ def model_server(
         FileNotFoundError, ValueError: a bundle is missing, has no version, or one that cannot be loaded.
         OSError: a port is taken.
     """
-    limits = limits or Limits()
     models = Models({name: ServedModel(name, path, limits) for name, path in _named(bundles).items()}, limits)
     with contextlib.ExitStack() as stack:
         for model in models:
@@ -96,21 +96,32 @@ def _named(bundles: Sequence[Path]) -> dict[str, Path]:
 
 
 def serve(
-    bundles: Sequence[Path],
+    bundle: tuple[Path, ...],
+    /,
     *,
     host: str = _HOST,
     rest_port: int = 8501,
     grpc_port: int | None = 8500,
     poll_seconds: float = 1.0,
-    limits: Limits | None = None,
     allow_origin: bool = False,
+    limits: Limits = _LIMITS,
 ) -> None:
-    """Serves until SIGINT or SIGTERM, and prints where. The arguments are those of `model_server`.
+    """Serve SavedModels on this machine as TF Serving would, to develop against; production is TF Serving itself.
 
-    Without the extra `serving` there is no gRPC.
+    It ends at SIGINT or SIGTERM. gRPC needs the extra `serving`.
+
+    Args:
+        bundle: Directories that `lmzoo export` wrote to, such as saved_models/gpt. The newest version is served, and a
+            newer one as soon as it is there.
+        host: Address to listen on; by default no other machine reaches it.
+        rest_port: Of the REST API; 0 is any that is free, as for the next one.
+        grpc_port: Of gRPC, or None.
+        poll_seconds: Time between two looks for a newer version.
+        allow_origin: Whether pages of other servers may send requests (CORS).
+        limits: What a request may take.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: as `model_server`.
+        FileNotFoundError, ValueError, OSError: As `model_server`.
     """
     if grpc_port is not None and not has_serving_api():
         print("no gRPC: pip install 'lmzoo[serving]' brings it")
@@ -118,7 +129,7 @@ def serve(
     with (
         _until_signalled() as wait,
         model_server(
-            bundles,
+            bundle,
             host=host,
             rest_port=rest_port,
             grpc_port=grpc_port,
@@ -128,11 +139,11 @@ def serve(
         ) as addresses,
     ):
         print("This server is for development. In production run TF Serving, which answers the same requests:")
-        for name, path in _named(bundles).items():
+        for name, path in _named(bundle).items():
             print(
                 f'  tensorflow_model_server --rest_api_port={rest_port} --model_name={name} --model_base_path="{path}"'
             )
-        for name in _named(bundles):
+        for name in _named(bundle):
             print(f"{addresses.rest}/v1/models/{name}")
         if addresses.grpc:
             print(f"gRPC on {addresses.grpc}")
@@ -141,49 +152,50 @@ def serve(
 
 
 def demo(
-    bundles: Sequence[Path] = (),
+    bundle: tuple[Path, ...] = (),
+    /,
     *,
     server: str | None = None,
-    models: Sequence[str] = (),
+    models: tuple[str, ...] = (),
     host: str = _HOST,
     port: int = 8080,
-    limits: Limits | None = None,
+    limits: Limits = _LIMITS,
 ) -> None:
-    """Shows a page to try models on, until SIGINT or SIGTERM.
+    """Show a page to try SavedModels on in a browser. It ends at SIGINT or SIGTERM.
 
     Args:
-        bundles: as for `model_server`; their server also gives the page. None of them with `server`.
-        server: URL of a server that runs elsewhere, which the page talks to by itself, so that it must allow requests
-            from other origins (`--rest_api_enable_cors_support` of TF Serving).
-        models: names of the models of that server.
-        host: address of the page.
-        port: of the page.
-        limits: of requests.
+        bundle: Directories that `lmzoo export` wrote to; they are served beside the page.
+        server: URL of a TF Serving that runs already, in their place. The page talks to it by itself, so it must be
+            started with --rest_api_enable_cors_support.
+        models: Names of the models of that server.
+        host: Address of the page; by default no other machine reaches it.
+        port: Of the page; 0 is any that is free.
+        limits: What a request may take.
 
     Raises:
-        ValueError: there are both bundles and a server, or neither, or no names of models.
-        FileNotFoundError, OSError: as `model_server`.
+        ValueError: There are both bundles and a server, or neither, or no names of models.
+        FileNotFoundError, OSError: As `model_server`.
     """
-    if bool(bundles) == bool(server):
+    if bool(bundle) == bool(server):
         raise ValueError("a page shows bundles or a server: give directories of bundles, or --server and --models.")
     if server and not models:
         raise ValueError(f"{server} does not tell which models it has: name them with --models.")
     with _until_signalled() as wait, contextlib.ExitStack() as stack:
         if server:
-            none = Models({}, limits or Limits())
+            none = Models({}, limits)
             page_server = rest.RestServer((host, port), none, demo_pages(models, server))
             url = stack.enter_context(rest.running(page_server))
         else:
-            pages = demo_pages(_named(bundles))
+            pages = demo_pages(list(_named(bundle)))
             addresses = stack.enter_context(
-                model_server(bundles, host=host, rest_port=port, grpc_port=None, limits=limits, pages=pages)
+                model_server(bundle, host=host, rest_port=port, grpc_port=None, limits=limits, pages=pages)
             )
             url = addresses.rest
         print(f"Open {url}/ in a browser. Ctrl-C ends it.", flush=True)
         wait()
 
 
-def demo_pages(models: Sequence[str] | dict[str, Path], server: str = "") -> rest.Pages:
+def demo_pages(models: Sequence[str], server: str = "") -> rest.Pages:
     """The page, and the file in which it finds its models and their server; "" is the one that it came from."""
     page = files("lmzoo.serving").joinpath("page.html").read_bytes()
     config = {"server": server.rstrip("/"), "models": list(models)}

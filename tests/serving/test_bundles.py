@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from bundle import Bundle
-from bundles import export_all, pipelines, requests
 from client import call
+from tiny_bundles import export_all, pipelines, requests
 
 from lmzoo.serving import model_server
 
