@@ -133,7 +133,7 @@ class Fuzzer:
     def names(self):
         request = {self.random.choice(["instances", "inputs", "input", ""]): self.random.choice(LEAVES)}
         if request.get("inputs") == []:
-            request["inputs"] = [[]]  # No rows are no error.
+            request["inputs"] = [[[]]]  # No rows are no error.
         request["signature_name"] = self.random.choice(["generate", "tokens", "none", "", None, 1, []])
         return self.predict(request, {400})
 
