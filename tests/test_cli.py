@@ -110,12 +110,13 @@ def test_help_says_what_there_is(tmp_path, command):
         ("finetune_tagger", (), "saved_models/run/1/saved_model.pb"),
         ("finetune_qa", (), "saved_models/run/1/saved_model.pb"),
         ("finetune_similarity", (), "saved_models/run/1/saved_model.pb"),
+        ("tf_serving_client", (), None),
     ],
 )
 def test_the_examples_run(tmp_path, script, arguments, made):
     done = run("--smoke", *arguments, directory=tmp_path, command=(str(ROOT / "examples" / f"{script}.py"),))
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / made).is_file()
+    assert made is None or (tmp_path / made).is_file()
 
 
 def test_examples_are_short():
