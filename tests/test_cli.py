@@ -64,6 +64,7 @@ def test_the_same_command_again_goes_on(workplace):
         (["generate", "run", "x", "--temperature", "-1"], 2, "temperature=-1"),
         (["pretrain", "--no-such-flag", "1"], 2, "no-such-flag"),
         (["nonsense"], 2, "nonsense"),
+        (["serve", "run"], 1, "run has no numbered version"),
     ],
 )
 def test_an_error_is_one_line_and_a_status(workplace, arguments, status, message):

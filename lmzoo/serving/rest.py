@@ -19,6 +19,7 @@ from typing import Any
 from google.protobuf import json_format
 
 from lmzoo.serving.errors import ServingError, invalid
+from lmzoo.serving.examples import check_method, read_examples, write_results
 from lmzoo.serving.models import Models
 from lmzoo.serving.tensors import parse_object, read_inputs, signature_name, write_outputs
 
@@ -221,13 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
         if verb == "predict":
             return predict(models, name, version, label, body)
         if verb:
-            with models[name].use(version, label) as (_, servable):
-                signature = servable.signature(signature_name(parse_object(body)))
-            kind = {"classify": "classification", "regress": "regression"}[verb]
-            raise invalid(
-                f"Expected {kind} signature method_name to be tensorflow/serving/{verb}. Was: {signature.method_name}. "
-                "What lmzoo exports answers :predict."
-            )
+            return classify_or_regress(models, name, version, label, verb, body)
         if self.path.partition("?")[0].lower().endswith("/metadata"):
             return metadata(models, name, version, label)
         return status(models, name, version)
@@ -283,6 +278,22 @@ def predict(models: Models, name: str, version: int | None, label: str, body: by
         with models.turn():
             outputs = servable.run(signature, inputs, seconds=models.limits.timeout_seconds)
     return write_outputs(outputs, in_rows)
+
+
+def classify_or_regress(models: Models, name: str, version: int | None, label: str, verb: str, body: bytes) -> bytes:
+    """The answer to `:classify` or `:regress`.
+
+    Raises:
+        ServingError: the request cannot be answered, as by any signature that lmzoo exports.
+    """
+    request = parse_object(body)
+    signature = signature_name(request)
+    with models[name].use(version, label) as (_, servable):
+        check_method(servable.signature(signature), verb)
+        inputs = read_examples(request)
+        with models.turn():
+            outputs = servable.run(signature, inputs, seconds=models.limits.timeout_seconds)
+    return write_results(outputs, verb)
 
 
 def metadata(models: Models, name: str, version: int | None, label: str) -> bytes:

@@ -34,7 +34,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     except ValueError as error:  # Broken JSON or UTF-8, and numbers that no computer's number holds.
         raise invalid(f"JSON Parse error: {error}") from None
     if not isinstance(value, dict):
-        raise invalid(f"JSON Value: {_shown(value)} Is not object")
+        raise invalid(f"JSON Value: {shown(value)} Is not object")
     return value
 
 
@@ -54,7 +54,7 @@ def signature_name(request: Mapping[str, Any]) -> str:
     name = request.get("signature_name", "")
     if not isinstance(name, str):
         raise invalid(
-            f"JSON Value: {_shown(name)} not formatted correctly. 'signature_name' key must be a string value."
+            f"JSON Value: {shown(name)} not formatted correctly. 'signature_name' key must be a string value."
         )
     return name
 
@@ -126,7 +126,7 @@ def _columns(instances: Any, infos: Mapping[str, Any]) -> dict[str, list[Any]]:
 def _refuse_unknown(inputs: Mapping[str, Any], infos: Mapping[str, Any]) -> None:
     for name in inputs:
         if name not in infos:
-            raise invalid(f"JSON object: does not have named input: {_shown(name)}")
+            raise invalid(f"JSON object: does not have named input: {shown(name)}")
 
 
 def read_tensor(name: str, value: Any, dtype: int) -> np.ndarray:
@@ -147,7 +147,7 @@ def read_tensor(name: str, value: Any, dtype: int) -> np.ndarray:
     for level, size in enumerate(shape):
         for item in leaves:
             if not isinstance(item, list) or len(item) != size:
-                got = f"a list of {len(item)}" if isinstance(item, list) else _shown(item)
+                got = f"a list of {len(item)}" if isinstance(item, list) else shown(item)
                 raise invalid(f"input {name}: Encountered {got} at level {level}, expected a list of size: {size}")
         leaves = list(itertools.chain.from_iterable(leaves))
     array = np.empty(len(leaves), object if kind == tf.string else kind.as_numpy_dtype)
@@ -157,7 +157,7 @@ def read_tensor(name: str, value: Any, dtype: int) -> np.ndarray:
 
 def _leaf(name: str, value: Any, kind: Any) -> Any:
     if kind == tf.string:
-        return _text(name, value)
+        return read_text(name, value)
     if kind == tf.bool:
         fits = isinstance(value, bool)
     elif kind.is_integer:
@@ -166,12 +166,12 @@ def _leaf(name: str, value: Any, kind: Any) -> Any:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool)
         if fits and not _is_lossless(value, kind):
             raise invalid(
-                f"input {name}: Cannot convert JSON value: {_shown(value)} to {kind.name} without loss of precision."
+                f"input {name}: Cannot convert JSON value: {shown(value)} to {kind.name} without loss of precision."
             )
     else:
         raise ServingError(Code.UNIMPLEMENTED, f"input {name} is {kind.name}, which JSON requests cannot hold.")
     if not fits:
-        raise invalid(f"input {name}: JSON Value: {_shown(value)} is not of expected type: {kind.name}")
+        raise invalid(f"input {name}: JSON Value: {shown(value)} is not of expected type: {kind.name}")
     return value
 
 
@@ -186,22 +186,28 @@ def _is_base64(value: Any) -> bool:
     return isinstance(value, dict) and value.keys() == {_BASE64} and isinstance(value[_BASE64], str)
 
 
-def _text(name: str, value: Any) -> bytes:
+def read_text(name: str, value: Any) -> bytes:
+    """The bytes of a JSON string, or of an object with base64.
+
+    Raises:
+        ServingError: it is neither.
+    """
     if isinstance(value, str):
         try:
             return value.encode("utf-8")
         except UnicodeEncodeError:
             raise invalid(f"input {name}: JSON Parse error: The surrogate pair in string is invalid.") from None
     if not _is_base64(value):
-        raise invalid(f"input {name}: JSON Value: {_shown(value)} is not of expected type: string")
+        raise invalid(f"input {name}: JSON Value: {shown(value)} is not of expected type: string")
     text = value[_BASE64].rstrip("=")
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError):
-        raise invalid(f"input {name}: Unable to base64 decode {_shown(value[_BASE64])}") from None
+        raise invalid(f"input {name}: Unable to base64 decode {shown(value[_BASE64])}") from None
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A JSON value for a message, cut off where it is long."""
     text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -216,13 +222,13 @@ def write_outputs(outputs: Arrays, in_rows: bool) -> bytes:
         ServingError: an output has no rows, or another number of them than the others, for a request in rows.
     """
     if not in_rows:
-        columns = {name: _joined(_texts(name, value), value.shape)[0] for name, value in outputs.items()}
+        columns = {name: _joined(json_texts(name, value), value.shape)[0] for name, value in outputs.items()}
         return _object({"outputs": next(iter(columns.values())) if len(columns) == 1 else _object(columns)}).encode()
     sizes = {name: value.shape[0] if value.ndim else None for name, value in outputs.items()}
     if None in sizes.values() or len(set(sizes.values())) > 1:
         told = ", ".join(f"{name} has {'no rows' if size is None else size}" for name, size in sizes.items())
         raise invalid(f"Tensors have inconsistent batch size: {told}. Send 'inputs' instead of 'instances'.")
-    rows = {name: _joined(_texts(name, value), value.shape, kept=1) for name, value in outputs.items()}
+    rows = {name: _joined(json_texts(name, value), value.shape, kept=1) for name, value in outputs.items()}
     if len(rows) == 1:
         values = next(iter(rows.values()))
     else:
@@ -243,7 +249,7 @@ def _joined(texts: list[str], shape: tuple[int, ...], kept: int = 0) -> list[str
     return texts
 
 
-def _texts(name: str, value: np.ndarray) -> list[str]:
+def json_texts(name: str, value: np.ndarray) -> list[str]:
     """Each value of an array in JSON."""
     flat = value.ravel()
     if flat.dtype.kind in "OSU":

@@ -10,10 +10,13 @@ from contextlib import ExitStack
 from urllib.parse import urlsplit
 
 import pytest
+import tensorflow as tf
 from client import call, send
 from small_models import export_small
 
+from lmzoo.export import write_saved_model
 from lmzoo.serving import Limits, model_server
+from lmzoo.serving.servable import read_saved_model
 
 LIMITS = Limits(max_request_bytes=4096, max_rows=5, max_connections=8, queue_seconds=0.5, timeout_seconds=2)
 MIXED = {"text": ["a", "é"], "pair": [[1, 2]], "big": -(2**63), "truth": [True, False], "any_shape": [[0.1], [2]]}
@@ -241,3 +244,51 @@ def test_status_and_metadata_say_what_tf_serving_says(url):
     }
     assert signatures["repeat"]["defaults"]["times"]["int_val"] == [2]
     assert send(url, "HEAD", "/v1/models/small")[:2] == (200, b"")
+
+
+class Examples(tf.Module):
+    """Signatures for examples: sums their numbers, and says which words they have."""
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "inputs")])
+    def add(self, inputs):
+        features = {"a": tf.io.FixedLenFeature([2], tf.float32), "b": tf.io.FixedLenFeature([], tf.int64)}
+        parsed = tf.io.parse_example(inputs, features)
+        return {"outputs": tf.reduce_sum(parsed["a"], 1) + tf.cast(parsed["b"], tf.float32)}
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "inputs")])
+    def name(self, inputs):
+        words = tf.io.parse_example(inputs, {"words": tf.io.FixedLenFeature([2], tf.string)})["words"]
+        return {"classes": words, "scores": tf.cast(tf.strings.length(words), tf.float32) / 10.0}
+
+
+@pytest.fixture(scope="module")
+def examples_url(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models") / "examples"
+    module = Examples()
+    path = write_saved_model(directory, module, {"serving_default": module.add, "name": module.name})
+    saved_model = read_saved_model(path)
+    signatures = saved_model.meta_graphs[0].signature_def
+    signatures["serving_default"].method_name = "tensorflow/serving/regress"
+    signatures["name"].method_name = "tensorflow/serving/classify"
+    (path / "saved_model.pb").write_bytes(saved_model.SerializeToString())
+    with model_server([directory], grpc_port=None) as addresses:
+        yield addresses.rest
+
+
+def test_examples_are_classified_and_regressed(examples_url):
+    path = "/v1/models/examples"
+    request = {"context": {"b": 1}, "examples": [{"a": [0.5, 1.0]}, {"a": [0.1, 0.1], "b": [True]}]}
+    assert call(examples_url, f"{path}:regress", request) == (200, {"results": [2.5, 1.2]})
+    request = {"signature_name": "name", "examples": [{"words": ["é", {"b64": "YWI="}]}]}
+    assert call(examples_url, f"{path}:classify", request) == (200, {"results": [[["é", 0.2], ["ab", 0.2]]]})
+    for verb, bad, message in (
+        ("regress", {"signature_name": "name", "examples": [{}]}, "Was: tensorflow/serving/classify"),
+        ("regress", {"examples": []}, "'examples'"),
+        ("regress", {"examples": [1]}, "must be JSON object"),
+        ("regress", {"examples": [{"a": [1.0, "x"]}]}, "several types"),
+        ("regress", {"examples": [{"a": [1.0]}]}, "a"),
+        ("regress", b'{"examples": [{"\\ud800": 1}]}', "surrogate"),
+    ):
+        status, answer = call(examples_url, f"{path}:{verb}", bad)
+        assert (status, list(answer)) == (400, ["error"])
+        assert message in answer["error"]
