@@ -68,6 +68,7 @@ def test_any_strings_give_the_texts_and_scores_of_the_pipeline(program, path):
     check(run(program, path, signature, inputs), expected if isinstance(expected, dict) else {"text": expected})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["generator"], indirect=True)
 def test_every_signature_runs_with_its_defaults_too(program, path):
     signatures = {name: each for name, each in Bundle(path).signatures.items() if not name.startswith("__")}

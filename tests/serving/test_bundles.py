@@ -21,9 +21,6 @@ from tensorflow_serving.apis import (  # noqa: E402
     prediction_service_pb2_grpc,
 )
 
-# What differs between encoders is the graph, which the tests of their exports compare.
-NAMES = [name if name == "generator" else pytest.param(name, marks=pytest.mark.slow) for name in pipelines()]
-
 
 @pytest.fixture(scope="module")
 def served(request, tmp_path_factory):
@@ -31,9 +28,6 @@ def served(request, tmp_path_factory):
     directory = export_all(tmp_path_factory.mktemp("bundles"), (request.param,))[request.param]
     with model_server([directory]) as addresses, grpc.insecure_channel(addresses.grpc) as channel:
         yield directory, addresses.rest, channel
-
-
-everyone = pytest.mark.parametrize("served", NAMES, indirect=True)
 
 
 def as_json(value):
@@ -65,7 +59,8 @@ def predict(channel, name, signature, inputs, **spec):
     return prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(request, timeout=60)
 
 
-@everyone
+@pytest.mark.slow
+@pytest.mark.parametrize("served", pipelines(), indirect=True)
 def test_every_signature_makes_the_round_trip(served):
     directory, url, channel = served
     name, path = directory.name, f"/v1/models/{directory.name}:predict"

@@ -13,9 +13,10 @@ import tensorflow as tf
 from client import call
 from small_models import export_small
 
-from lmzoo.serving import Limits, model_server
+from lmzoo.serving import Limits, model_server, models
 from lmzoo.serving.errors import Code, ServingError
 from lmzoo.serving.models import ServedModel
+from lmzoo.serving.servable import Servable
 
 ONE = {"x": np.ones(1, np.float32)}
 
@@ -75,10 +76,15 @@ def break_variables(path):
         (lambda path: break_variables(export_small(path.parent, version=int(path.name))), "variables"),
     ],
 )
-def test_a_version_that_cannot_be_loaded_is_told_of_and_the_one_before_is_served(model, make_broken, message):
+def test_a_version_that_cannot_be_loaded_is_told_of_and_the_one_before_is_served(
+    model, make_broken, message, monkeypatch
+):
+    tries = []
+    monkeypatch.setattr(models, "Servable", lambda *settings: tries.append(settings) or Servable(*settings))
     make_broken(model.directory / "7")
     for _ in range(7):
         model.poll()
+    assert len(tries) == 5
     newest = model.statuses()[0]
     assert (newest.version, newest.state) == (7, "END")
     assert newest.code != Code.OK
@@ -111,9 +117,9 @@ def write_warmup(path, *requests):
 
 def test_warmup_requests_are_run_before_a_version_is_served(tmp_path, monkeypatch):
     pytest.importorskip("tensorflow_serving")
-    from lmzoo.serving.servable import Servable
-
-    ran = []
+    ran, closed = [], []
+    close = Servable.close
+    monkeypatch.setattr(Servable, "close", lambda self: closed.append(self.path.name) or close(self))
     run = Servable.run
     monkeypatch.setattr(Servable, "run", lambda self, name, *rest: ran.append(name) or run(self, name, *rest))
     model = ServedModel("small", tmp_path)
@@ -124,6 +130,7 @@ def test_warmup_requests_are_run_before_a_version_is_served(tmp_path, monkeypatc
     write_warmup(export_small(tmp_path), ("pick", {"index": np.array([99], np.int32)}))
     model.poll()
     assert states(model) == {2: "END", 1: "AVAILABLE"}
+    assert closed == ["2"]
     assert "indices[0] = 99" in model.statuses()[0].message
     model.close()
 
