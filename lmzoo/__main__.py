@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from importlib import import_module
 
 import tyro
 
+# Commands that need no model, and `launch` no TensorFlow either: where each is, and its exit status for a ValueError.
+_LIGHT = {
+    "launch": ("lmzoo.engine.launch", 2),
+    "serve": ("lmzoo.serving", 1),
+    "demo": ("lmzoo.serving", 1),
+}
+
 
 def main() -> None:
-    """Runs `lmzoo launch` without TensorFlow, which only its workers need, and the other commands through `cli`."""
-    if sys.argv[1:2] != ["launch"]:
+    """Runs a command that needs no model without loading what models need, and the other commands through `cli`."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in _LIGHT:
         from lmzoo.cli import main as run
 
         run()
         return
-    from lmzoo.engine.launch import launch
-
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    module, usage_status = _LIGHT[name]
+    config = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
     try:
-        status = tyro.cli(launch, prog="lmzoo launch", args=sys.argv[2:])
+        function = getattr(import_module(module), name)
+        status = tyro.cli(function, prog=f"lmzoo {name}", args=sys.argv[2:], config=config)
     except ValueError as error:
         print(f"lmzoo: {error}", file=sys.stderr)
-        status = 2
+        status = usage_status
     except OSError as error:
         print(f"lmzoo: {error}", file=sys.stderr)
         status = 1

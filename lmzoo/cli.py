@@ -16,6 +16,7 @@ import tyro
 
 from lmzoo.engine.launch import launch
 from lmzoo.generation import BeamOptions, SamplingOptions
+from lmzoo.serving import demo, serve
 from lmzoo.training import FinetuneConfig, ObjectiveName, PlanConfig, PretrainConfig
 
 FlatPretrainConfig = Annotated[PretrainConfig, tyro.conf.OmitArgPrefixes]
@@ -307,6 +308,8 @@ _COMMANDS: dict[str, Callable[..., int | None]] = {
     "generate": generate,
     "predict": predict,
     "export": export,
+    "serve": serve,
+    "demo": demo,
     "plan": plan,
     "launch": launch,
 }
@@ -317,7 +320,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         sys.exit(
             tyro.extras.subcommand_cli_from_dict(
-                _COMMANDS, prog="lmzoo", args=args, config=(tyro.conf.FlagConversionOff,)
+                _COMMANDS, prog="lmzoo", args=args, config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
             )
         )
     except (ValueError, OSError, FloatingPointError) as error:

@@ -25,6 +25,7 @@ FLOORS = {
     "export": 3,
     "pipelines": 4,
     "training": 5,
+    "serving": 5,
     "cli": 6,
     "__main__": 7,
 }

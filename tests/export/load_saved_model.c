@@ -1,13 +1,12 @@
-/* Loads a SavedModel as TensorFlow Serving does, through TensorFlow's C API, and runs one signature of it.
+/* Loads a SavedModel as TensorFlow Serving does, through TensorFlow's C API, and runs it once.
  *
- *   load_saved_model DIRECTORY strings INPUT OUTPUT [--seed INPUT NUMBER] TEXT...
- *       prints each string that comes back: its number of bytes on a line, then the bytes and a newline.
- *   load_saved_model DIRECTORY ids INPUT OUTPUT ID...
- *       feeds one row of token ids and prints the float32 tensor that comes back: its shape on a line, then one number
- *       a line.
+ *   load_saved_model DIRECTORY [--library FILE] INPUT... -- OUTPUT...
  *
- * INPUT and OUTPUT are tensors of the graph, such as serving_default_text:0. Exit status 1 and a line on standard error
- * if anything goes wrong.
+ * INPUT and OUTPUT are tensors of the graph, such as serving_default_text:0. A library holds further operations, such as
+ * those of tensorflow-text. Values of the inputs are read from standard input, one tensor after the other, and those of
+ * the outputs are printed alike: a line with type, rank and sizes ("string 1 3"), then each value on a line, a string
+ * as its number of bytes on a line, the bytes, and a newline. Exit status 1 and a line on standard error if anything
+ * goes wrong.
  */
 
 #include <inttypes.h>
@@ -18,6 +17,19 @@
 #include "tensorflow/c/c_api.h"
 
 #define MAX_NAME 256
+#define MAX_RANK 8
+#define MAX_TENSORS 32
+
+static const struct {
+  const char* name;
+  TF_DataType type;
+  size_t size;
+} types[] = {{"string", TF_STRING, sizeof(TF_TString)},
+             {"float32", TF_FLOAT, sizeof(float)},
+             {"int32", TF_INT32, sizeof(int32_t)},
+             {"int64", TF_INT64, sizeof(int64_t)},
+             {"bool", TF_BOOL, sizeof(unsigned char)}};
+static const size_t num_types = sizeof types / sizeof types[0];
 
 static void fail(const char* what, const char* why) {
   fprintf(stderr, "load_saved_model: %s: %s\n", what, why);
@@ -40,84 +52,112 @@ static TF_Output find(TF_Graph* graph, const char* tensor) {
   return output;
 }
 
-static TF_Tensor* strings_tensor(char** texts, int64_t count) {
-  TF_Tensor* tensor = TF_AllocateTensor(TF_STRING, &count, 1, (size_t)count * sizeof(TF_TString));
-  TF_TString* strings = TF_TensorData(tensor);
-  for (int64_t i = 0; i < count; ++i) {
-    TF_TString_Init(&strings[i]);
-    TF_TString_Copy(&strings[i], texts[i], strlen(texts[i]));
+static void read_string(TF_TString* string) {
+  size_t size;
+  if (scanf("%zu", &size) != 1 || getchar() != '\n') fail("input", "no size of a string");
+  char* bytes = malloc(size + 1);
+  if (bytes == NULL || fread(bytes, 1, size, stdin) != size) fail("input", "a string that is too short");
+  TF_TString_Init(string);
+  TF_TString_Copy(string, bytes, size);
+  free(bytes);
+}
+
+static void read_value(TF_DataType type, void* values, int64_t place) {
+  int64_t number;
+  if (type == TF_STRING) {
+    read_string((TF_TString*)values + place);
+  } else if (type == TF_FLOAT) {
+    if (scanf("%f", (float*)values + place) != 1) fail("input", "no number");
+  } else {
+    if (scanf("%" SCNd64, &number) != 1) fail("input", "no integer");
+    if (type == TF_INT32) ((int32_t*)values)[place] = (int32_t)number;
+    if (type == TF_INT64) ((int64_t*)values)[place] = number;
+    if (type == TF_BOOL) ((unsigned char*)values)[place] = number != 0;
   }
-  return tensor;
 }
 
-static TF_Tensor* ids_tensor(char** numbers, int64_t count) {
-  const int64_t shape[2] = {1, count};
-  TF_Tensor* tensor = TF_AllocateTensor(TF_INT32, shape, 2, (size_t)count * sizeof(int32_t));
-  int32_t* ids = TF_TensorData(tensor);
-  for (int64_t i = 0; i < count; ++i) ids[i] = (int32_t)strtol(numbers[i], NULL, 10);
-  return tensor;
+static TF_Tensor* read_tensor(void) {
+  char name[16];
+  int rank;
+  int64_t sizes[MAX_RANK], count = 1;
+  if (scanf("%15s %d", name, &rank) != 2 || rank < 0 || rank > MAX_RANK) fail("input", "no type and rank");
+  for (int axis = 0; axis < rank; ++axis) {
+    if (scanf("%" SCNd64, &sizes[axis]) != 1) fail("input", "no size of an axis");
+    count *= sizes[axis];
+  }
+  for (size_t i = 0; i < num_types; ++i) {
+    if (strcmp(name, types[i].name) != 0) continue;
+    TF_Tensor* tensor = TF_AllocateTensor(types[i].type, sizes, rank, (size_t)count * types[i].size);
+    for (int64_t place = 0; place < count; ++place) read_value(types[i].type, TF_TensorData(tensor), place);
+    return tensor;
+  }
+  fail(name, "no type that this program knows");
+  return NULL;
 }
 
-static TF_Tensor* seed_tensor(const char* number) {
-  const int64_t shape[1] = {1};
-  TF_Tensor* tensor = TF_AllocateTensor(TF_INT64, shape, 1, sizeof(int64_t));
-  *(int64_t*)TF_TensorData(tensor) = strtoll(number, NULL, 10);
-  return tensor;
-}
-
-static void print_strings(const TF_Tensor* tensor) {
-  if (TF_TensorType(tensor) != TF_STRING || TF_NumDims(tensor) != 1) fail("output", "not a vector of strings");
-  const TF_TString* strings = TF_TensorData(tensor);
-  for (int64_t i = 0; i < TF_Dim(tensor, 0); ++i) {
-    const size_t size = TF_TString_GetSize(&strings[i]);
-    printf("%zu\n", size);
-    fwrite(TF_TString_GetDataPointer(&strings[i]), 1, size, stdout);
+static void print_value(TF_DataType type, const void* values, int64_t place) {
+  if (type == TF_STRING) {
+    const TF_TString* string = (const TF_TString*)values + place;
+    printf("%zu\n", TF_TString_GetSize(string));
+    fwrite(TF_TString_GetDataPointer(string), 1, TF_TString_GetSize(string), stdout);
     putchar('\n');
+  } else if (type == TF_FLOAT) {
+    printf("%.9g\n", ((const float*)values)[place]);
+  } else {
+    const int64_t number = type == TF_INT32   ? ((const int32_t*)values)[place]
+                           : type == TF_INT64 ? ((const int64_t*)values)[place]
+                                              : ((const unsigned char*)values)[place];
+    printf("%" PRId64 "\n", number);
   }
 }
 
-static void print_floats(const TF_Tensor* tensor) {
-  if (TF_TensorType(tensor) != TF_FLOAT) fail("output", "not float32");
-  int64_t size = 1;
-  for (int axis = 0; axis < TF_NumDims(tensor); ++axis) {
-    size *= TF_Dim(tensor, axis);
-    printf("%" PRId64 " ", TF_Dim(tensor, axis));
+static void print_tensor(const TF_Tensor* tensor) {
+  int64_t count = 1;
+  for (size_t i = 0; i < num_types; ++i) {
+    if (types[i].type != TF_TensorType(tensor)) continue;
+    printf("%s %d", types[i].name, TF_NumDims(tensor));
+    for (int axis = 0; axis < TF_NumDims(tensor); ++axis) {
+      printf(" %" PRId64, TF_Dim(tensor, axis));
+      count *= TF_Dim(tensor, axis);
+    }
+    putchar('\n');
+    for (int64_t place = 0; place < count; ++place) print_value(types[i].type, TF_TensorData(tensor), place);
+    return;
   }
-  putchar('\n');
-  const float* values = TF_TensorData(tensor);
-  for (int64_t i = 0; i < size; ++i) printf("%.9g\n", values[i]);
+  fail("output", "of a type that this program does not know");
 }
 
 int main(int argc, char** argv) {
-  if (argc < 5) fail("usage", "DIRECTORY strings|ids INPUT OUTPUT [--seed INPUT NUMBER] VALUE...");
-  const int is_text = strcmp(argv[2], "strings") == 0;
-  int first = 5;
-
+  if (argc < 4) fail("usage", "DIRECTORY [--library FILE] INPUT... -- OUTPUT...");
   TF_Status* status = TF_NewStatus();
+  int next = 2;
+  if (strcmp(argv[next], "--library") == 0 && next + 1 < argc) {
+    TF_LoadLibrary(argv[next + 1], status);
+    check(status, argv[next + 1]);
+    next += 2;
+  }
+
   TF_Graph* graph = TF_NewGraph();
   TF_SessionOptions* options = TF_NewSessionOptions();
   const char* tags[] = {"serve"};
   TF_Session* session = TF_LoadSessionFromSavedModel(options, NULL, argv[1], tags, 1, graph, NULL, status);
   check(status, argv[1]);
 
-  TF_Output inputs[2] = {find(graph, argv[3])};
-  TF_Tensor* values[2];
-  int num_inputs = 1;
-  if (first + 2 < argc && strcmp(argv[first], "--seed") == 0) {
-    inputs[1] = find(graph, argv[first + 1]);
-    values[1] = seed_tensor(argv[first + 2]);
-    num_inputs = 2;
-    first += 3;
+  TF_Output inputs[MAX_TENSORS], outputs[MAX_TENSORS];
+  TF_Tensor *values[MAX_TENSORS], *results[MAX_TENSORS] = {NULL};
+  int num_inputs = 0, num_outputs = 0;
+  for (; next < argc && strcmp(argv[next], "--") != 0 && num_inputs < MAX_TENSORS; ++next, ++num_inputs) {
+    inputs[num_inputs] = find(graph, argv[next]);
+    values[num_inputs] = read_tensor();
   }
-  values[0] = is_text ? strings_tensor(argv + first, argc - first) : ids_tensor(argv + first, argc - first);
-
-  const TF_Output output = find(graph, argv[4]);
-  TF_Tensor* result = NULL;
-  TF_SessionRun(session, NULL, inputs, values, num_inputs, &output, &result, 1, NULL, 0, NULL, status);
+  for (++next; next < argc && num_outputs < MAX_TENSORS; ++next) outputs[num_outputs++] = find(graph, argv[next]);
+  TF_SessionRun(session, NULL, inputs, values, num_inputs, outputs, results, num_outputs, NULL, 0, NULL, status);
   check(status, "run");
-  is_text ? print_strings(result) : print_floats(result);
 
-  TF_DeleteTensor(result);
+  for (int i = 0; i < num_outputs; ++i) {
+    print_tensor(results[i]);
+    TF_DeleteTensor(results[i]);
+  }
   for (int i = 0; i < num_inputs; ++i) TF_DeleteTensor(values[i]);
   TF_CloseSession(session, status);
   TF_DeleteSession(session, status);

@@ -1,87 +1,115 @@
-"""TensorFlow's C API, which loads as TensorFlow Serving does, gives the texts of the pipeline."""
+"""TensorFlow's C API, which loads as TensorFlow Serving does, gives the texts and scores of each kind of pipeline."""
 
-import os
-import shutil
+import json
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from bundle import Bundle
-from tiny_pipeline import PROMPTS, shared_model, tiny_tokenizer
+from c_program import compiled, run
+from tiny_bundles import export_all, pipelines, requests
+from tokenizer_texts import generated_strings
 
-from lmzoo.pipelines import TextGenerator
+from lmzoo.serving.servable import graph_ops
+
+# Prints the operations, of those in standard input, that a process with TensorFlow alone does not know.
+UNKNOWN = """
+import json, sys
+sys.modules.update(dict.fromkeys(("lmzoo", "keras", "tensorflow_text")))
+import tensorflow
+from tensorflow.python.framework import op_def_registry
+print(json.dumps([name for name in json.load(sys.stdin) if op_def_registry.get(name) is None]))
+"""
+# Operations that are in TensorFlow, but run Python, or only where its own compilers and clusters are.
+UNSERVABLE = ("PyFunc", "EagerPyFunc", "PyFuncStateless", "Xla", "Tpu", "TPU", "Collective", "Custom")
+# One bundle in the default tests; the slow ones run all.
+NAMES = [name if name == "generator" else pytest.param(name, marks=pytest.mark.slow) for name in pipelines()]
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    compiler = shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("there is no gcc to compile the C program with")
-    library = Path(tf.sysconfig.get_lib())
-    names = ["libtensorflow_cc.so.2", "libtensorflow_framework.so.2"]
-    missing = [name for name in names if not (library / name).is_file()]
-    if missing:
-        pytest.skip(f"this TensorFlow wheel has no {' and no '.join(missing)} to link against")
-    path = tmp_path_factory.mktemp("c") / "load_saved_model"
-    command = [compiler, "-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{tf.sysconfig.get_include()}"]
-    command += [str(Path(__file__).with_name("load_saved_model.c")), "-o", str(path), f"-L{library}"]
-    command += [*(f"-l:{name}" for name in names), f"-Wl,-rpath,{library}"]
-    subprocess.run(command, check=True, timeout=300)
-    return path
+    return compiled(tmp_path_factory.mktemp("c"))
 
 
 @pytest.fixture(scope="module")
-def generator():
-    return TextGenerator(shared_model(), tiny_tokenizer(), 10, stop_strings="the")
+def path(request, tmp_path_factory):
+    """The version directory of a bundle."""
+    return export_all(tmp_path_factory.mktemp("bundles"), (request.param,))[request.param] / "1"
 
 
-@pytest.fixture(scope="module")
-def path(generator, tmp_path_factory):
-    return generator.export(tmp_path_factory.mktemp("bundle"))
+everyone = pytest.mark.parametrize("path", NAMES, indirect=True)
 
 
-def run(program, path, *arguments):
-    command = [program, path, *arguments]
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(command, capture_output=True, timeout=300, check=False, env=environment)
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout
+def check(actual, expected):
+    assert set(actual) == set(expected)
+    for name, value in expected.items():
+        value = value.numpy()
+        assert actual[name].shape == value.shape, name
+        if value.dtype == np.float32:
+            np.testing.assert_allclose(actual[name], value, atol=1e-5, err_msg=name)
+        else:
+            assert actual[name].tolist() == value.tolist(), name
 
 
-def strings(output):
-    texts = []
-    while output:
-        size, _, output = output.partition(b"\n")
-        texts.append(output[: int(size)].decode())
-        output = output[int(size) + 1 :]
-    return texts
+@everyone
+def test_any_strings_give_the_texts_and_scores_of_the_pipeline(program, path):
+    strings = [
+        string[:40] + b" [MASK] " + string[40:] if number % 2 else string
+        for number, string in enumerate(generated_strings(200))
+    ]
+    signature = Bundle(path).signatures["serving_default"]
+    pipeline = pipelines()[path.parent.name]
+    columns = [strings[number:] + strings[:number] for number in range(len(signature.inputs))]
+    inputs = {name: np.array(column, object) for name, column in zip(sorted(signature.inputs), columns, strict=True)}
+    expected = pipeline(*(tf.constant(inputs[name]) for name in getattr(pipeline, "_inputs", ("text",))))
+    check(run(program, path, signature, inputs), expected if isinstance(expected, dict) else {"text": expected})
 
 
-def test_strings_and_seeds_give_the_texts_of_the_pipeline(program, path, generator):
-    signatures = Bundle(path).signatures
-    signature = signatures["generate"]
-    names = [signature.inputs["text"].name, signature.outputs["text"].name]
-    seed = ["--seed", signature.inputs["seed"].name, "5"]
-    assert strings(run(program, path, "strings", *names, *seed, *PROMPTS)) == generator(PROMPTS, seed=5)
-    served = signatures["serving_default"]
-    names = [served.inputs["text"].name, served.outputs["text"].name]
-    assert len(strings(run(program, path, "strings", *names, *PROMPTS))) == len(PROMPTS)
-    assert strings(run(program, path, "strings", *names)) == []
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["generator"], indirect=True)
+def test_every_signature_runs_with_its_defaults_too(program, path):
+    signatures = {name: each for name, each in Bundle(path).signatures.items() if not name.startswith("__")}
+    loaded = tf.saved_model.load(str(path))
+    for name, inputs in requests(signatures).items():
+        given = {key: value for key, value in inputs.items() if key not in signatures[name].defaults}
+        expected = loaded.signatures[name](**{key: tf.constant(value) for key, value in inputs.items()})
+        check(run(program, path, signatures[name], given), expected)
 
 
-def test_ids_give_the_logits_of_the_model(program, path):
-    signature = Bundle(path).signatures["tokens"]
-    token_ids = tiny_tokenizer().encode("the cat sat on the mat")
-    names = [signature.inputs["token_ids"].name, signature.outputs["logits"].name]
-    shape, *values = run(program, path, "ids", *names, *map(str, token_ids)).decode().splitlines()
-    logits = shared_model()(np.array([token_ids])).numpy()
-    assert [int(size) for size in shape.split()] == list(logits.shape)
-    np.testing.assert_allclose(np.array(values, np.float32), logits.ravel(), atol=1e-5)
+@everyone
+def test_operations_are_those_of_tensorflow_itself(path):
+    """What TF Serving links: TensorFlow's operations, and tensorflow-text's, of which there are none."""
+    ops = graph_ops(path)
+    assert {"MatMul", "StatefulPartitionedCall"} <= ops
+    assert not [name for name in ops if name.startswith(UNSERVABLE)]
+    command = [sys.executable, "-c", UNKNOWN]
+    done = subprocess.run(command, input=json.dumps([*ops, "WhatsThis"]), capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == ["WhatsThis"]
+
+
+def test_a_library_brings_operations_that_a_bundle_needs(program, tmp_path):
+    """As the test above shows no bundle of ours does; tensorflow-text's tokenizers do."""
+    text = pytest.importorskip("tensorflow_text")
+    module = tf.Module()
+    tokenizer = text.WhitespaceTokenizer()
+    split = tf.function(
+        lambda text: {"words": tokenizer.tokenize(text).to_tensor()},
+        input_signature=[tf.TensorSpec([None], tf.string, "text")],
+    )
+    tf.saved_model.save(module, str(tmp_path), signatures=split)
+    signature = Bundle(tmp_path).signatures["serving_default"]
+    inputs = {"text": np.array([b"a cat"], object)}
+    with pytest.raises(AssertionError, match="Op type not registered"):
+        run(program, tmp_path, signature, inputs)
+    library = Path(text.__file__).parent / "python" / "ops" / "_whitespace_tokenizer_v2.so"
+    words = run(program, tmp_path, signature, inputs, (library,))["words"]
+    assert words.tolist() == [[b"a", b"cat"]]
 
 
 def test_what_cannot_be_loaded_is_an_error(program, tmp_path):
-    done = subprocess.run([program, tmp_path, "ids", "a:0", "b:0"], capture_output=True, timeout=300, check=False)
+    done = subprocess.run([program, tmp_path, "--", "b:0"], capture_output=True, timeout=300, check=False)
     assert done.returncode == 1
     assert b"Could not find SavedModel" in done.stderr
