@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-NOTES = "lmzoo"
-"""Name of the metadata that `with_notes` writes."""
-
+_NOTES = "lmzoo"  # Name of the metadata.
 _IDENTIFIER = b"TFL3"
 
 
@@ -41,11 +39,11 @@ def require_builtins(content: bytes) -> None:
 
 
 def read_notes(content: bytes) -> dict[str, Any]:
-    """What `with_notes` has written; empty if it has not."""
+    """The notes that `finished` has written; empty if it has not."""
     model = _schema().Model.GetRootAs(content, 0)
     for index in range(model.MetadataLength()):
         entry = model.Metadata(index)
-        if entry.Name() == NOTES.encode():
+        if entry.Name() == _NOTES.encode():
             return json.loads(bytes(model.Buffers(entry.Buffer()).DataAsNumpy()))
     return {}
 
@@ -61,7 +59,7 @@ def finished(content: bytes, notes: Mapping[str, Any]) -> bytes:
     for graph in model.subgraphs:
         graph.operators = [new for old in graph.operators for new in _looked_up(schema, model, graph, old)]
     entry = schema.MetadataT()
-    entry.name, entry.buffer = NOTES, _add_buffer(schema, model, json.dumps(dict(notes)).encode())
+    entry.name, entry.buffer = _NOTES, _add_buffer(schema, model, json.dumps(dict(notes)).encode())
     model.metadata = [*(model.metadata or ()), entry]
     return _pack(model, len(content))
 
@@ -100,8 +98,11 @@ def _looked_up(schema: Any, model: Any, graph: Any, operator: Any) -> list[Any]:
 
 
 def _schema() -> Any:
-    from tensorflow.lite.python import schema_py_generated
-
+    """The format of the file. Both packages have it, and who only runs a file has no TensorFlow."""
+    try:
+        from ai_edge_litert import schema_py_generated
+    except ImportError:
+        from tensorflow.lite.python import schema_py_generated
     return schema_py_generated
 
 

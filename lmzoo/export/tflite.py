@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 
 from lmzoo.export.flatbuffers import finished, require_builtins
+from lmzoo.export.tflite_calibration import calibration_inputs
 from lmzoo.export.tflite_weights import Weights, quantized
 from lmzoo.files import write_whole
 from lmzoo.layers import KeyValueCache
@@ -97,7 +98,8 @@ def export_tflite(
         )
     signatures = model_signatures(model, batch_size=batch_size, length=length, prefill_length=prefill_length)
     content = finished(convert(model, signatures), {"weights": weights, **_notes(model)})
-    content = quantized(content, weights, {})
+    shown = calibration_inputs(signatures, calibration) if weights == "int8-full" else {}
+    content = quantized(content, weights, shown)
     require_builtins(content)
     path = Path(path)
     write_whole(path, content)

@@ -129,17 +129,18 @@ class TFLiteGenerator:
     A program in another language does the same: `examples/tflite_generate.cc` is the loop in C++.
 
     Args:
-        path, num_threads: as in `TFLiteModel`.
+        model: a file, or one that is opened already.
+        num_threads: as in `TFLiteModel`.
 
     Raises:
         ValueError: the file holds no model that writes texts.
     """
 
-    def __init__(self, path: str | os.PathLike[str], num_threads: int | None = None) -> None:
-        self.model = TFLiteModel(path, num_threads)
+    def __init__(self, model: TFLiteModel | str | os.PathLike[str], num_threads: int | None = None) -> None:
+        self.model = model if isinstance(model, TFLiteModel) else TFLiteModel(model, num_threads)
         if "decode" not in self.model.inputs:
             raise ValueError(
-                f"{path} has the signatures {', '.join(self.model.inputs)}, but a model that writes texts "
+                f"the file has the signatures {', '.join(self.model.inputs)}, but a model that writes texts "
                 "has one named decode."
             )
         notes, inputs = self.model.notes, self.model.inputs

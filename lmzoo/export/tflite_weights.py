@@ -1,4 +1,4 @@
-"""Weights of a .tflite file in fewer bits, and activations too where that is asked for."""
+"""Weights of a .tflite file in fewer bits, and the inputs of its matrix products too where that is asked for."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def quantized(content: bytes, weights: Weights, calibration: Calibration) -> byt
     """The content of a float32 file with its weights in another format; see `export_tflite`.
 
     Args:
+        content: of a file whose tables of weights are looked up by EMBEDDING_LOOKUP.
         calibration: signature -> inputs that show the ranges of its activations, for "int8-full".
     """
     if weights == "float32":
@@ -34,29 +35,36 @@ def quantized(content: bytes, weights: Weights, calibration: Calibration) -> byt
     return bytes(result.quantized_model)
 
 
+def _recipe(weights: Weights) -> Any:
+    """What is done to the matrix products and to the tables; all else stays in float32.
+
+    Norms and softmaxes have ranges that no 8 bits cover, and so has the number that hides a place from attention.
+    """
+    from ai_edge_quantizer import qtyping
+    from ai_edge_quantizer.recipe import AlgorithmName
+    from ai_edge_quantizer.recipe_manager import RecipeManager
+
+    manager = RecipeManager()
+    half = qtyping.OpQuantizationConfig(
+        weight_tensor_config=qtyping.TensorQuantizationConfig(num_bits=16, dtype=qtyping.TensorDataType.FLOAT),
+        compute_precision=qtyping.ComputePrecision.FLOAT,
+        explicit_dequantize=True,
+    )
+    for operation in (qtyping.TFLOperationName.FULLY_CONNECTED, qtyping.TFLOperationName.EMBEDDING_LOOKUP):
+        if weights == "float16":
+            manager.add_quantization_config(".*", operation, half, AlgorithmName.FLOAT_CASTING)
+        elif weights == "int4":
+            manager.add_dynamic_config(".*", operation, 4, qtyping.QuantGranularity.BLOCKWISE_32)
+        elif weights == "int8-full" and operation == qtyping.TFLOperationName.FULLY_CONNECTED:
+            manager.add_static_config(".*", operation, activation_num_bits=8, weight_num_bits=8)
+        else:
+            manager.add_dynamic_config(".*", operation, 8)
+    return manager.get_quantization_recipe()
+
+
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
     """Keeps progress bars and warnings about the quantizer's own doings from the user."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _recipe(weights: Weights) -> Any:
-    from ai_edge_quantizer import qtyping, recipe, recipe_manager
-
-    if weights != "float16":
-        recipes = {
-            "int8": recipe.dynamic_wi8_afp32,
-            "int8-full": recipe.static_wi8_ai8,
-            "int4": recipe.dynamic_wi4b32_afp32,
-        }
-        return recipes[weights]()
-    half = qtyping.TensorQuantizationConfig(num_bits=16, dtype=qtyping.TensorDataType.FLOAT)
-    config = qtyping.OpQuantizationConfig(
-        weight_tensor_config=half, compute_precision=qtyping.ComputePrecision.FLOAT, explicit_dequantize=True
-    )
-    manager = recipe_manager.RecipeManager()
-    for operation in (qtyping.TFLOperationName.FULLY_CONNECTED, qtyping.TFLOperationName.EMBEDDING_LOOKUP):
-        manager.add_quantization_config(".*", operation, config, recipe.AlgorithmName.FLOAT_CASTING)
-    return manager.get_quantization_recipe()
