@@ -141,6 +141,39 @@ def write_report(results: list[dict[str, Any]], file: Path) -> None:
     write_whole(file, json.dumps(results, indent=2) + "\n")
 
 
+def print_report(results: list[dict[str, Any]]) -> None:
+    """Prints the results of `verify` as a table, and what is past the tolerance below it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("artefact", "difference", "agreement", "perplexity", "change", "first", "each", "size", "memory"):
+        table.add_column(heading, justify="left" if heading == "artefact" else "right")
+    for result in results:
+        table.add_row(f"{result['kind']}\n{result['artefact']}", *_cells(result))
+    console = Console()
+    console.print(table)
+    for result in results:
+        for problem in result["problems"]:
+            console.print(f"[red]{result['artefact']}[/red]: {problem}.")
+
+
+def _cells(result: dict[str, Any]) -> list[str]:
+    """The figures of a row; what does not apply is a dash."""
+    formats = {
+        "max_difference": "{:.2g}",
+        "agreement": "{:.2%}",
+        "perplexity": "{:.3f}",
+        "perplexity_change": "{:+.3%}",
+        "first_token_seconds": "{:.4f} s",
+        "seconds_per_token": "{:.4f} s",
+        "size_bytes": "{:,.1f} MB",
+        "peak_bytes": "{:,.0f} MB",
+    }
+    scaled = {name: result[name] / 1e6 if name.endswith("bytes") and result[name] else result[name] for name in formats}
+    return ["-" if scaled[name] is None else each.format(scaled[name]) for name, each in formats.items()]
+
+
 # -- The questions.
 
 
