@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple, get_args
 
 import keras
 import tensorflow as tf
+from tensorflow.lite.python.convert import ConverterError
 
 from lmzoo.export.flatbuffers import finished, require_builtins
 from lmzoo.export.tflite_calibration import calibration_inputs
@@ -97,8 +99,8 @@ def export_tflite(
             f"{_LARGEST_FILE // 4:,} in float32, from which the other formats are made. Take a smaller model."
         )
     signatures = model_signatures(model, batch_size=batch_size, length=length, prefill_length=prefill_length)
-    content = finished(convert(model, signatures), {"weights": weights, **_notes(model)})
     shown = calibration_inputs(signatures, calibration) if weights == "int8-full" else {}
+    content = finished(convert(model, signatures), {"weights": weights, **_notes(model)})
     content = quantized(content, weights, shown)
     require_builtins(content)
     path = Path(path)
@@ -126,7 +128,11 @@ def model_signatures(
 
 
 def convert(model: Any, signatures: Mapping[str, Signature]) -> bytes:
-    """Functions of a model as the content of a .tflite file, in float32, with built-in operators only."""
+    """Functions of a model as the content of a .tflite file, in float32.
+
+    Raises:
+        ValueError: they need operators that TFLite has not built in, which are named.
+    """
     module = tf.Module()
     module.weights = [weight.value for weight in model.weights]
     functions = {}
@@ -138,7 +144,15 @@ def convert(model: Any, signatures: Mapping[str, Signature]) -> bytes:
         tf.saved_model.save(module, directory, signatures=functions)
         converter = tf.lite.TFLiteConverter.from_saved_model(directory, signature_keys=list(signatures))
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-        return converter.convert()
+        try:
+            content = converter.convert()
+        except ConverterError as error:
+            strange = re.findall(r"(?:Custom|Flex|TF Select) ops: (.+)", str(error))
+            if not strange:
+                raise
+            raise ValueError(f"the graph has {', '.join(strange)}, which TFLite has not built in.") from error
+    require_builtins(content)
+    return content
 
 
 # -- The functions.

@@ -31,7 +31,14 @@ def quantized(content: bytes, weights: Weights, calibration: Calibration) -> byt
         quantizer = Quantizer(content)
         quantizer.load_quantization_recipe(_recipe(weights))
         ranges = quantizer.calibrate({name: list(each) for name, each in calibration.items()})
-        result = quantizer.quantize(ranges, enable_progress_bar=False, enable_progress_report=False)
+        try:
+            result = quantizer.quantize(ranges, enable_progress_bar=False, enable_progress_report=False)
+        except ValueError as error:
+            if "block size" not in str(error):
+                raise
+            raise ValueError(
+                "int4 takes weights in groups of 32, but the model has a width that is no multiple of it: take int8."
+            ) from error
     return bytes(result.quantized_model)
 
 
