@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from lmzoo.checkpoints import find_checkpoint
 from lmzoo.data.sources import read_documents
@@ -68,6 +70,18 @@ TOLERANCES = {
     "TFLite int4": Tolerance(max_difference=None, min_agreement=0.7, max_perplexity_change=0.1),
 }
 """Kind of an artefact -> what it may lose, unless a call says otherwise."""
+
+# Figure -> its heading in the table, what it is multiplied with there, and how it is written.
+_FIGURES = {
+    "max_difference": ("largest difference", 1.0, "{:.2g}"),
+    "agreement": ("agreement", 1.0, "{:.2%}"),
+    "perplexity": ("perplexity", 1.0, "{:.3f}"),
+    "perplexity_change": ("its change", 1.0, "{:+.3%}"),
+    "first_token_seconds": ("first token", 1e3, "{:.2f} ms"),
+    "seconds_per_token": ("each token", 1e3, "{:.2f} ms"),
+    "size_bytes": ("size", 1e-6, "{:,.1f} MB"),
+    "peak_bytes": ("memory", 1e-6, "{:,.0f} MB"),
+}
 
 
 def verify(
@@ -142,36 +156,16 @@ def write_report(results: list[dict[str, Any]], file: Path) -> None:
 
 
 def print_report(results: list[dict[str, Any]]) -> None:
-    """Prints the results of `verify` as a table, and what is past the tolerance below it."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for heading in ("artefact", "difference", "agreement", "perplexity", "change", "first", "each", "size", "memory"):
-        table.add_column(heading, justify="left" if heading == "artefact" else "right")
-    for result in results:
-        table.add_row(f"{result['kind']}\n{result['artefact']}", *_cells(result))
-    console = Console()
+    """Prints the results of `verify` as a table, an artefact a column, and what is past the tolerance below it."""
+    table = Table("", *(f"{result['kind']}\n{Path(result['artefact']).name}" for result in results))
+    for name, (heading, scale, text) in _FIGURES.items():
+        values = (result[name] for result in results)
+        table.add_row(heading, *("-" if value is None else text.format(scale * value) for value in values))
+    console = Console(soft_wrap=True)
     console.print(table)
     for result in results:
         for problem in result["problems"]:
-            console.print(f"[red]{result['artefact']}[/red]: {problem}.")
-
-
-def _cells(result: dict[str, Any]) -> list[str]:
-    """The figures of a row; what does not apply is a dash."""
-    formats = {
-        "max_difference": "{:.2g}",
-        "agreement": "{:.2%}",
-        "perplexity": "{:.3f}",
-        "perplexity_change": "{:+.3%}",
-        "first_token_seconds": "{:.4f} s",
-        "seconds_per_token": "{:.4f} s",
-        "size_bytes": "{:,.1f} MB",
-        "peak_bytes": "{:,.0f} MB",
-    }
-    scaled = {name: result[name] / 1e6 if name.endswith("bytes") and result[name] else result[name] for name in formats}
-    return ["-" if scaled[name] is None else each.format(scaled[name]) for name, each in formats.items()]
+            console.print(f"{result['artefact']}: {problem}.")
 
 
 # -- The questions.
