@@ -45,8 +45,8 @@ class Artefact(ABC):
         """
 
     @abstractmethod
-    def seconds(self, source: Tokens, tokens: Tokens, num_new: int) -> tuple[float, float]:
-        """Seconds until the first new token after `tokens`, and for each one that follows; everything is warm."""
+    def seconds(self, source: Tokens, tokens: Tokens, num_new: int) -> tuple[float, float | None]:
+        """Seconds to the first new token after `tokens`, and for each that follows; None where it has no step."""
 
 
 def open_artefact(path: str | os.PathLike[str]) -> Artefact:
@@ -122,7 +122,7 @@ class TFLiteArtefact(Artefact):
 
 
 class SavedModelArtefact(Artefact):
-    """A SavedModel as a pipeline exports it, by its signature `tokens`."""
+    """A SavedModel as a pipeline exports it, by its signatures on ids: `tokens`, and `prefill` and `decode`."""
 
     kind = "SavedModel"
 
@@ -134,34 +134,42 @@ class SavedModelArtefact(Artefact):
 
     def output(self, token_ids: Tokens, token_type_ids: Tokens) -> np.ndarray:
         """What the signature `tokens` gives."""
-        return self._call(token_ids=token_ids, token_type_ids=token_type_ids)
+        (output,) = self._call("tokens", token_ids=token_ids, token_type_ids=token_type_ids).values()
+        return output[0].numpy()
 
     def logits(self, source: Tokens, tokens: Tokens) -> np.ndarray:
         """What the signature `tokens` gives."""
-        return self._logits(source, tokens[:-1])
+        given = tokens[:-1]
+        inputs = {"token_ids": source, "decoder_token_ids": given} if source else {"token_ids": given}
+        return self._call("tokens", **inputs)["logits"][0].numpy()
 
-    def seconds(self, source: Tokens, tokens: Tokens, num_new: int) -> tuple[float, float]:
-        """Of the signature `tokens`."""
-        watch = Stopwatch()
-        for _ in range(2):
-            watch.lap()
-            self._logits(source, tokens)
-            first = watch.lap()
-        return first, first
-
-    def _logits(self, source: Tokens, tokens: Tokens) -> np.ndarray:
-        inputs = {"token_ids": source, "decoder_token_ids": tokens} if source else {"token_ids": tokens}
-        return self._call(**inputs)
-
-    def _call(self, **inputs: Tokens) -> np.ndarray:
+    def seconds(self, source: Tokens, tokens: Tokens, num_new: int) -> tuple[float, float | None]:
+        """Of the signatures `prefill` and `decode`, or of `tokens` alone where there are none."""
         import tensorflow as tf
 
-        signature = self._signatures["tokens"]
-        specs = signature.structured_input_signature[1]
+        def run() -> tuple[float, float | None]:
+            watch = Stopwatch()
+            if "decode" not in self._signatures:
+                self.logits(source, [*tokens, 0])
+                return watch.lap(), None
+            outputs = self._call("prefill", token_ids=source or tokens)
+            first = watch.lap()
+            for _ in range(num_new - 1):
+                token = int(np.argmax(outputs.pop("logits")[0]))
+                outputs = self._signatures["decode"](token_ids=tf.constant([[token]]), **outputs)
+            return first, watch.lap() / (num_new - 1)
+
+        run()
+        return run()
+
+    def _call(self, name: str, **inputs: Tokens) -> dict[str, Any]:
+        """The outputs of a signature for a batch of one row, of the inputs that it has."""
+        import tensorflow as tf
+
         given = {**inputs, "padding_mask": [1] * len(inputs["token_ids"])}
-        batch = {name: tf.constant(np.array([given[name]], spec.dtype.as_numpy_dtype)) for name, spec in specs.items()}
-        (output,) = signature(**batch).values()
-        return output[0].numpy()
+        specs = self._signatures[name].structured_input_signature[1]
+        rows = {key: np.array([given[key]], spec.dtype.as_numpy_dtype) for key, spec in specs.items()}
+        return self._signatures[name](**{key: tf.constant(row) for key, row in rows.items()})
 
 
 class Stopwatch:
