@@ -166,7 +166,8 @@ class SavedModelArtefact(Artefact):
         """The outputs of a signature for a batch of one row, of the inputs that it has."""
         import tensorflow as tf
 
-        given = {**inputs, "padding_mask": [1] * len(inputs["token_ids"])}
+        count = len(inputs["token_ids"])
+        given = {**inputs, "padding_mask": [1] * count, "lengths": count}
         specs = self._signatures[name].structured_input_signature[1]
         rows = {key: np.array([given[key]], spec.dtype.as_numpy_dtype) for key, spec in specs.items()}
         return self._signatures[name](**{key: tf.constant(row) for key, row in rows.items()})
