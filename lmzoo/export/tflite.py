@@ -74,7 +74,8 @@ def export_tflite(
         model: a language model or a task's model, in float32.
         path: of the file, which is replaced if it exists.
         weights: "float32"; "float16", half the size; "int8", a quarter, with activations that are quantized as they
-            come; "int8-full", activations in int8 too, by the ranges seen in `calibration`; or "int4", in groups of 32.
+            come; "int8-full", for which the inputs and outputs of matrix products are in int8 too, by the ranges seen in
+            `calibration`: for chips that have nothing else, since it is less exact; or "int4", in groups of 32.
         batch_size: B.
         length: T or S: tokens that an encoder reads, and places of the cache. None is the model's context length.
         prefill_length: P, tokens of a prompt that are read at a time.
