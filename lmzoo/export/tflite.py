@@ -66,15 +66,16 @@ def export_tflite(
     - `tokens`: token_ids [B, T] int32, padding_mask [B, T] bool, token_type_ids [B, T] int32 -> its output.
 
     All tensors of the cache have names that begin with "cache_" and start as zeros. An output takes the place of the
-    input of its name: give both the same memory, and nothing is copied. `cache_next_slot` or
-    `cache_tokens_next_slot` says how many of the S places are taken; a call must leave room for P more.
-    `lmzoo.export.TFLiteGenerator` does all that.
+    input of its name. Keys and values, of rank 4, are written where they lie if both are given the same memory, and
+    nothing is copied then; the others are small, are read after they were written, and must have memory of their own.
+    `cache_next_slot` or `cache_tokens_next_slot` says how many of the S places are taken; before a call, P must be
+    free. `lmzoo.export.TFLiteGenerator` does all that.
 
     Args:
         model: a language model or a task's model, in float32.
         path: of the file, which is replaced if it exists.
         weights: "float32"; "float16", half the size; "int8", a quarter, with activations that are quantized as they
-            come; "int8-full", for which the inputs and outputs of matrix products are in int8 too, by the ranges seen in
+            come; "int8-full", with inputs and outputs of matrix products in int8 too, by the ranges seen in
             `calibration`: for chips that have nothing else, since it is less exact; or "int4", in groups of 32.
         batch_size: B.
         length: T or S: tokens that an encoder reads, and places of the cache. None is the model's context length.
