@@ -214,7 +214,7 @@ def test_the_command_from_beginning_to_end(place):
     for weights in ("float32", "int8-full"):
         done = run("export", "checkpoint", f"{weights}.tflite", "--weights", weights, "--length", "40")
         assert done.returncode == 0, done.stderr
-    done = run("export", "checkpoint", "served")
+    done = run("export", "checkpoint", "served", "--max-new-tokens", "4")
     assert done.returncode == 0, done.stderr
     same = ("--against", "checkpoint", "--length", "16", "--tokens", "48", "--json-file", "figures.json")
     done = run("verify", "float32.tflite", "served", "checkpoint", *same)
