@@ -15,6 +15,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Before TensorFlow is loade
 import tyro
 
 from lmzoo.engine.launch import launch
+from lmzoo.export.tflite_weights import Weights
 from lmzoo.generation import BeamOptions, SamplingOptions
 from lmzoo.serving import demo, serve
 from lmzoo.training import FinetuneConfig, ObjectiveName, PlanConfig, PretrainConfig
@@ -278,26 +279,87 @@ def export(
     version: int | None = None,
     max_new_tokens: int | None = None,
     prefix: str | None = None,
+    weights: Weights | None = None,
+    length: int | None = None,
+    text: str = "pydoc",
     options: FlatSamplingOptions = _SAMPLING,
     beams: FlatBeamOptions = _BEAMS,
 ) -> None:
-    """Write a SavedModel for TF Serving: strings in; texts, labels, spans or vectors out.
+    """Write a SavedModel for TF Serving, strings in; texts, labels, spans or vectors out; or a .tflite file for phones.
 
     Args:
         model: Directory of a checkpoint or of a run. What it was trained for says what is served.
-        directory: Where the versions go, such as saved_models/gpt.
+        directory: Where the versions go, such as saved_models/gpt; or a file, such as gpt.tflite.
         version: Number of the version; by default the one after the newest.
         max_new_tokens: The most tokens to generate for each string, if the model writes texts; by default 64, or what
             the checkpoint says.
         prefix: What stands in front of a text that is answered; by default what the checkpoint says.
+        weights: Format of the weights in a .tflite file; by default float32.
+        length: Tokens that a .tflite file reads, or keeps in its cache; by default the model's context length.
+        text: Source of text that shows the ranges of activations, for int8-full.
         options: How tokens are chosen, if the model writes texts.
         beams: How a beam search goes, with more than one beam and temperature 0.
     """
     from lmzoo.pipelines import find_pipeline
+    from lmzoo.training import export_checkpoint_tflite
 
+    if directory.suffix == ".tflite":
+        if (version, max_new_tokens, prefix, options, beams) != (None, None, None, _SAMPLING, _BEAMS):
+            raise ValueError(f"{directory} has no version, and the program around it says how tokens are chosen.")
+        print(export_checkpoint_tflite(model, directory, weights=weights or "float32", length=length, text=text))
+        return
+    if weights is not None or length is not None:
+        raise ValueError(f"weights and length are for files that end in .tflite, but {directory} does not.")
     pipeline_class = find_pipeline(model)
     settings = _writing_settings(model, pipeline_class, max_new_tokens, prefix, options, beams)
     print(pipeline_class.from_pretrained(model, **settings).export(directory, version=version))
+
+
+def verify(
+    artefact: tyro.conf.Positional[tuple[Path, ...]],
+    against: Path,
+    text: str = "pydoc",
+    tokens: int = 512,
+    length: int = 64,
+    max_difference: float | None = None,
+    min_agreement: float | None = None,
+    max_perplexity_change: float | None = None,
+    json_file: Path | None = None,
+) -> int:
+    """Compare exported models with their checkpoint: outputs, perplexity, speed, size, memory. Status 1 if one is off.
+
+    Args:
+        artefact: SavedModels, .tflite files or checkpoints.
+        against: Directory of the checkpoint or of the run that they were made of.
+        text: Source of text to compare on: files, globs, *.jsonl, *.parquet, tfds:NAME, or pydoc.
+        tokens: How many tokens of the text.
+        length: Tokens a row.
+        max_difference: The most that an output may differ; by default 0.001 in float32, and any with fewer bits.
+        min_agreement: Least share of tokens or labels that are the same; by default 0.999, with fewer bits less.
+        max_perplexity_change: The most that perplexity may grow, as a share; by default 0.01 in int8.
+        json_file: Where the figures go, beside the table.
+    """
+    from lmzoo.training import UsageError, print_report, write_report
+    from lmzoo.training import verify as run
+
+    try:
+        results = run(
+            artefact,
+            against,
+            text=text,
+            num_tokens=tokens,
+            length=length,
+            max_difference=max_difference,
+            min_agreement=min_agreement,
+            max_perplexity_change=max_perplexity_change,
+        )
+    except UsageError as error:
+        print(f"lmzoo: {error}", file=sys.stderr)
+        return 2
+    print_report(results)
+    if json_file is not None:
+        write_report(results, json_file)
+    return int(any(result["problems"] for result in results))
 
 
 _COMMANDS: dict[str, Callable[..., int | None]] = {
@@ -310,6 +372,7 @@ _COMMANDS: dict[str, Callable[..., int | None]] = {
     "export": export,
     "serve": serve,
     "demo": demo,
+    "verify": verify,
     "plan": plan,
     "launch": launch,
 }

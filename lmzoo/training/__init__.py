@@ -11,4 +11,9 @@ from lmzoo.training.planning import plan as plan
 from lmzoo.training.pretraining import pretrain as pretrain
 from lmzoo.training.settings import PretrainConfig as PretrainConfig
 from lmzoo.training.task_evaluation import evaluate_task as evaluate_task
+from lmzoo.training.tflite_export import export_checkpoint_tflite as export_checkpoint_tflite
 from lmzoo.training.untrained import make_untrained as make_untrained
+from lmzoo.training.verification import UsageError as UsageError
+from lmzoo.training.verification import print_report as print_report
+from lmzoo.training.verification import verify as verify
+from lmzoo.training.verification import write_report as write_report
