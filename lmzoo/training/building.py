@@ -16,7 +16,8 @@ from lmzoo.training.settings import PretrainConfig
 SHAPE_SETTINGS = ("num_layers", "num_decoder_layers", "num_heads", "head_dim", "model_dim", "feedforward_dim")
 """Fields of a model's config that a run and a plan may replace."""
 
-_TABLES = "token_embedding|head_table"  # In the paths of variables.
+TABLES = "token_embedding|head_table"
+"""Regular expression of the paths of tables with a row for each token."""
 
 
 def given_shape(config: PretrainConfig) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def _optimizer(config: PretrainConfig) -> keras.optimizers.Optimizer:
     )
     more: dict[str, Any] = {"beta_2": config.beta_2} if config.optimizer in ("adamw", "lamb") else {}
     if config.embedding_rate != 1.0:
-        more["learning_rate_factors"] = {_TABLES: config.embedding_rate}
+        more["learning_rate_factors"] = {TABLES: config.embedding_rate}
     if config.ema_momentum is not None:
         more |= {"use_ema": True, "ema_momentum": config.ema_momentum}
     return make_optimizer(

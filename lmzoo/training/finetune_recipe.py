@@ -95,6 +95,10 @@ class TaskRecipe(ABC):
             say(str(warning.message))
         return model
 
+    def generation_config(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Content of generation_config.json of a checkpoint, for a model that writes texts; else nothing."""
+        return {}
+
     @abstractmethod
     def readme(self, model: Any, config: Mapping[str, Any]) -> str:
         """Content of README.md of a checkpoint with this config.json; see `lmzoo.models.describe`."""

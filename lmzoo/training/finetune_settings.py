@@ -75,6 +75,9 @@ class FinetuneConfig:
     """How gradients become updates."""
     learning_rate: float = 5e-5
     """At its peak."""
+    embedding_rate: float = 1.0
+    """Factor of the learning rate for token embeddings and a head of their size, in a text-to-text task; more than 1
+    suits random weights."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls to 0 after the warm-up."""
     warmup_share: float = 0.1
@@ -169,7 +172,14 @@ class FinetuneConfig:
         )
         for name in (*counts, "log_every", "keep"):
             self._check(name, "an integer of 1 or more", lambda value: isinstance(value, int) and value >= 1)
-        for name in ("learning_rate", "max_score", "temperature", "mixing_temperature", "stall_seconds"):
+        for name in (
+            "learning_rate",
+            "embedding_rate",
+            "max_score",
+            "temperature",
+            "mixing_temperature",
+            "stall_seconds",
+        ):
             self._check(name, "above 0", lambda value: value > 0.0)
         for name in ("weight_decay", "l2_sp", "z_loss"):
             self._check(name, "0 or more", lambda value: value >= 0)
@@ -186,6 +196,10 @@ class FinetuneConfig:
             raise ValueError(f"FinetuneConfig.pair is {self.pair!r}, but words have no second text: leave it out.")
         if self.task == "text-to-text":
             self._check_text_to_text()
+        elif self.embedding_rate != 1.0:
+            raise ValueError(
+                f"FinetuneConfig.embedding_rate is {self.embedding_rate!r}, but only text-to-text has it: leave it out."
+            )
         if self.class_weights is not None and self.task not in ("classify", "tag"):
             raise ValueError(
                 f"FinetuneConfig.class_weights is {self.class_weights!r}, but {self.task} has no classes to weigh."

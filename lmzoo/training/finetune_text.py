@@ -10,6 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from lmzoo.checkpoints import CheckpointError
+from lmzoo.data.corruption import SentinelFacts
 from lmzoo.data.labelled import Examples
 from lmzoo.data.records import Records
 from lmzoo.data.text_to_text import Mixture, encode_text_to_text, pack_pairs
@@ -17,6 +18,7 @@ from lmzoo.data.tokenizers import Tokenizer
 from lmzoo.generation import BeamOptions, SamplingOptions
 from lmzoo.models import Seq2SeqLM, find_architecture
 from lmzoo.models.describe import readme
+from lmzoo.training.building import TABLES
 from lmzoo.training.finetune_recipe import Outputs, TaskRecipe
 from lmzoo.training.metrics import Scores, text_scores
 
@@ -80,9 +82,29 @@ class TextToText(TaskRecipe):
             return tasks[0]
         return Mixture.of(tasks, cap=config.mixing_cap, temperature=config.mixing_temperature)
 
+    def generation_config(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """How texts are written, as transformers reads it, and the prefix if there is one for all."""
+        config = self.config
+        settings: dict[str, Any] = {
+            "decoder_start_token_id": SentinelFacts.of(tokenizer).start_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "max_new_tokens": config.max_new_tokens or config.max_target_length,
+        }
+        if config.num_beams > 1:
+            settings |= {"num_beams": config.num_beams, "length_penalty": config.length_penalty}
+        if len(config.prefix) == 1:
+            settings["prefix"] = config.prefix[0]
+        return settings
+
     def readme(self, model: Seq2SeqLM, config: Mapping[str, Any]) -> str:
         """As the model writes it itself."""
         return readme(model, config)
+
+    def optimizer_arguments(self, model: Seq2SeqLM) -> dict[str, Any]:
+        """The learning rate of the tables of tokens."""
+        rate = self.config.embedding_rate
+        return {} if rate == 1.0 else {"learning_rate_factors": {TABLES: rate}}
 
     def compile_arguments(self, examples: Examples) -> dict[str, Any]:
         """Label smoothing and z-loss."""

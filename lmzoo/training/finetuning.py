@@ -132,7 +132,6 @@ class _Run:
         config = self.config
         directory = checkpoints.find_checkpoint(config.model)
         self.tokenizer = Tokenizer.from_pretrained(directory)
-        self.store.extras = self.tokenizer.save_pretrained
         records = {name: read_records(source) for name in _PARTS if (source := getattr(config, name))}
         if "validation" not in records and config.validation_fraction:
             records["train"], records["validation"] = _split(records["train"], config.validation_fraction, config.seed)
@@ -141,6 +140,7 @@ class _Run:
             records["train"] if config.labels else Records([row for name in _PARTS for row in records.get(name, ())])
         )
         self.recipe: TaskRecipe = RECIPES[config.task](config, known)
+        self.store.extras = self._write_beside
         length = self.recipe.longest(directory)
         self.widths: dict[str, Any] = {
             name: static_width(self.strategy, longest)
@@ -152,6 +152,12 @@ class _Run:
         }
         self.steps_per_epoch = self._batches(self.training).batches_per_epoch
         self.steps = min(config.epochs * self.steps_per_epoch, config.max_steps or sys.maxsize)
+
+    def _write_beside(self, directory: Path) -> None:
+        """Writes what a checkpoint holds beside the model."""
+        self.tokenizer.save_pretrained(directory)
+        if settings := self.recipe.generation_config(self.tokenizer):
+            write_whole(directory / "generation_config.json", json.dumps(settings, indent=2) + "\n")
 
     def _make_model(self) -> FinetunedModel:
         """The model to train, compiled, with the variables of its optimizer; made under the scope of its strategy."""

@@ -18,6 +18,7 @@ from lmzoo.data.records import Records, read_records
 from lmzoo.data.text_to_text import Mixture
 from lmzoo.data.tokenizers import Tokenizer
 from lmzoo.models import load_pretrained
+from lmzoo.pipelines import load_pipeline
 from lmzoo.training import FinetuneConfig, evaluate_task, finetune, make_untrained
 from lmzoo.training.checkpointing import CheckpointStore
 from lmzoo.training.finetune_tasks import RECIPES
@@ -108,6 +109,9 @@ def test_its_checkpoint_is_evaluated_and_is_a_model_of_its_own(learnt, place, ca
     model, tokenizer = load_pretrained(result.checkpoint), Tokenizer.from_pretrained(result.checkpoint)
     ids = [*tokenizer.encode("d d"), tokenizer.eos_token_id]
     assert tokenizer.decode(model.generate([ids], 8, temperature=0.0))[0] == "d d"
+    pipeline = load_pipeline(result.directory)
+    assert (pipeline.max_new_tokens, pipeline.prefix, pipeline.beams.num_beams) == (8, "", 1)
+    assert pipeline(["d d", "f f"]) == ["d d", "f f"]
     card = (result.checkpoint / "README.md").read_text()
     assert "lmzoo.models import load_pretrained" in card
     assert "text2text-generation" in card
@@ -211,6 +215,10 @@ def test_decoding_is_as_the_settings_say(learnt, place):
         found = RECIPES["text-to-text"](beams, None).outputs(result.model, inputs).numpy()
         expected = result.model.beam_search([ids], 8, num_beams=3, length_penalty=penalty).token_ids[:, 0]
         np.testing.assert_array_equal(found, expected)
+    saved = RECIPES["text-to-text"](FinetuneConfig(**{**settings, "num_beams": 3, "prefix": ("copy: ",)}), None)
+    ends = {"decoder_start_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+    writing = {"max_new_tokens": 3, "num_beams": 3, "length_penalty": 1.0, "prefix": "copy: "}
+    assert saved.generation_config(tokenizer) == {**ends, **writing}
 
 
 @pytest.mark.parametrize(
@@ -220,6 +228,7 @@ def test_decoding_is_as_the_settings_say(learnt, place):
         ({"freeze": 1}, "FinetuneConfig.freeze is 1, but text-to-text has no use for it"),
         ({"num_beams": 0}, "FinetuneConfig.num_beams is 0, but must be an integer of 1 or more"),
         ({"z_loss": -1.0}, r"FinetuneConfig.z_loss is -1\.0, but must be 0 or more"),
+        ({"task": "classify", "embedding_rate": 2.0}, r"FinetuneConfig.embedding_rate is 2\.0, but only text-to-text"),
         ({"label": "german"}, "no field 'german' among"),
         ({"mixing_temperature": 0.0}, r"FinetuneConfig.mixing_temperature is 0\.0, but must be above 0"),
     ],
