@@ -32,9 +32,9 @@ from lmzoo.training.metrics import text_scores
 
 VOCAB_SIZE, HELD_OUT, SPLIT_SEED = 8000, 0.02, 2026
 SHAPE = {"num_layers": 3, "num_heads": 4, "head_dim": 64, "model_dim": 256, "feedforward_dim": 1024}
-TRAINING = """--epochs 6 --batch-size 64 --optimizer muon --learning-rate 1e-2 --dropout-rate 0 --label-smoothing 0.1
-    --validation-fraction 0 --num-beams 4 --dtype mixed_bfloat16 --verbose 2"""
-SMOKE = "--epochs 12 --batch-size 16 --max-target-length 8 --dtype float32"
+TRAINING = """--epochs 5 --batch-size 16 --packing True --optimizer muon --learning-rate 5e-3 --embedding-rate 30
+    --dropout-rate 0 --label-smoothing 0.1 --validation-fraction 0 --num-beams 4 --dtype mixed_bfloat16 --verbose 2"""
+SMOKE = "--epochs 12 --batch-size 4 --max-length 16 --max-target-length 16 --dtype float32"
 DIGITS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf", "six": "sechs"}
 PARAGRAPH = re.compile(r'<(p|h[1-6]) id="((?:par|hd)_id\w+)"[^>]*>(.*?)</\1>', re.DOTALL)
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 PAGES, MINUTES, SCRATCH = "LMZOO_TRANSLATION_PAGES", "LMZOO_TRANSLATION_MINUTES", "LMZOO_TRANSLATION_SCRATCH"
 PACKAGES = ("libreoffice-help-en-us", "libreoffice-help-de")
-RATE = "LMZOO_TRANSLATION_TORCH_RATE"
+RATE, TABLE_FACTOR = "LMZOO_TRANSLATION_TORCH_RATE", "LMZOO_TRANSLATION_TORCH_EMBEDDING_RATE"
 LENGTH, BEAMS, SMOOTHING, ROWS, WARMUP = 128, 4, 0.1, 64, 0.1
 TRIAL_STEPS = 40
 COLUMNS = ["BLEU", "BLEU unseen", "chrF unseen", "train seconds", "CPU seconds", "steps", "decode seconds", "peak MB"]
@@ -122,14 +122,19 @@ def torch() -> dict[str, Any]:
         max_target_length=LENGTH,
     )
     batches = LabelledBatches(examples, ROWS, num_batches=10**6)
-    decayed = [value for value in model.parameters() if value.ndim > 1]
+    table = model.shared.weight
+    kernels = [value for value in model.parameters() if value.ndim > 1 and value is not table]
     others = [value for value in model.parameters() if value.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": [table], "weight_decay": 0.01, "factor": float(os.environ[TABLE_FACTOR])},
+        {"params": kernels, "weight_decay": 0.01, "factor": 1.0},
+        {"params": others, "weight_decay": 0.0, "factor": 1.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
 
     def train_step(number: int, rate: float, autocast: bool) -> float:
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         inputs, labels, weights = batches.batch_at(number)
         given = {name: torch.from_numpy(inputs[name]) for name in ("token_ids", "padding_mask", "decoder_token_ids")}
         real = torch.from_numpy(weights) > 0
@@ -225,11 +230,13 @@ if __name__ == "__main__":
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--minutes", type=float, default=20.0, help="how long each contender trains")
     first.add_argument("--torch-rate", type=float, default=2e-3, help="torch's learning rate at its peak")
+    first.add_argument("--torch-embedding-rate", type=float, default=10.0, help="factor of it for the token embeddings")
     chosen, rest = first.parse_known_args()
     sys.argv[1:] = rest if {"--rounds", "--worker"} & set(rest) else ["--rounds", "1", *rest]
     with tempfile.TemporaryDirectory() as scratch:
         if "--worker" not in rest:
             os.environ |= {MINUTES: str(chosen.minutes), RATE: str(chosen.torch_rate)}
+            os.environ[TABLE_FACTOR] = str(chosen.torch_embedding_rate)
         if SCRATCH not in os.environ:
             os.environ[SCRATCH] = scratch
             if not {"-h", "--help"} & set(rest):
