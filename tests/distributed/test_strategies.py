@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 SCRIPT = Path(__file__).with_name("scenarios.py")
 TWENTY_STEPS = ["adamw", "adamw_micro", "muon", "lion_micro"]
@@ -224,7 +224,6 @@ def test_micro_batches_need_the_memory_of_one():
     assert eighth < whole / 3
 
 
-@pytest.mark.slow
 class TestPlainKeras:
     """Why the engine is there. A failure here means that Keras has been mended, and a part of the engine can go."""
 
