@@ -89,7 +89,7 @@ class GenerativePipeline(Pipeline):
                     "search draws nothing: make the pipeline with temperature=0."
                 )
             self.options = dataclasses.replace(self.options, top_k=None, top_p=None, min_p=None)
-        self._inputs = RequestInputs(self.options, max_new_tokens, seed)
+        self._request_inputs = RequestInputs(self.options, max_new_tokens, seed)
         self._generate = self._function(self._new_text)
         self._score = self._score_function()
         self._stream_decoder = functools.lru_cache(maxsize=8)(functools.partial(model.decoder, self.max_new_tokens))
@@ -123,9 +123,9 @@ class GenerativePipeline(Pipeline):
                 raise TypeError(
                     f"texts are a {text.dtype.name} tensor of shape {text.shape}, but must be tf.string [B]."
                 )
-            return self._generate(text, **self._inputs.tensors(text.shape[0], values))["text"]
+            return self._generate(text, **self._request_inputs.tensors(text.shape[0], values))["text"]
         texts = [as_text(item) for item in ([text] if isinstance(text, str) else text)]
-        request = self._inputs.tensors(len(texts), values)
+        request = self._request_inputs.tensors(len(texts), values)
         new = self._generate(tf.constant(texts, tf.string, [len(texts)]), **request)["text"]
         new_texts = [item.decode() for item in new.numpy()]
         return new_texts[0] if isinstance(text, str) else new_texts
@@ -143,7 +143,7 @@ class GenerativePipeline(Pipeline):
         """
         self._require_beams()
         texts = [as_text(item) for item in ([text] if isinstance(text, str) else text)]
-        request = self._inputs.tensors(len(texts), {"max_new_tokens": max_new_tokens, **options})
+        request = self._request_inputs.tensors(len(texts), {"max_new_tokens": max_new_tokens, **options})
         outputs = self._n_best(tf.constant(texts, tf.string, [len(texts)]), **request)
         columns = zip(outputs["text"].numpy(), outputs["score"].numpy().tolist(), strict=True)
         found = [
@@ -198,10 +198,10 @@ class GenerativePipeline(Pipeline):
                 "pipeline, or make it with num_beams=1 for a stream."
             )
         texts = tf.constant([as_text(text)])
-        request = self._inputs.tensors(1, {"seed": seed, "max_new_tokens": max_new_tokens, **options})
+        request = self._request_inputs.tensors(1, {"seed": seed, "max_new_tokens": max_new_tokens, **options})
         settings = {name: request[name].numpy().item() for name in options if name in request}
         decoder = self._stream_decoder(dataclasses.replace(self.options, **settings))
-        request = {**self._inputs.defaults, **request}
+        request = {**self._request_inputs.defaults, **request}
         token_ids, lengths, source = self._prompts(texts, is_streamed=True)
         seeds, limits = drawn(request["seed"]), request["max_new_tokens"]
         return self._pieces(decoder.stream(token_ids, lengths, seeds=seeds, limits=limits, source=source))
@@ -263,7 +263,7 @@ class GenerativePipeline(Pipeline):
 
     def _function(self, run: Any) -> Any:
         """The graph of `run(text, request)`, whose optional inputs have names and defaults."""
-        defaults = self._inputs.defaults
+        defaults = self._request_inputs.defaults
 
         def generate(text: Tensor, *values: Tensor) -> dict[str, Tensor]:
             rows = tf.shape(text)

@@ -95,7 +95,9 @@ def test_any_strings_give_the_texts_of_the_pipeline(greedy, loaded, texts):
 @given(anything, st.integers(0, 2**63 - 1), st.floats(0, 3), st.integers(1, 400), st.floats(0.01, 1))
 def test_any_request_gives_the_texts_of_the_pipeline(sampler, loaded, texts, seed, temperature, top_k, top_p):
     options = {"seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    inputs = {name: tf.constant([value], sampler._inputs.defaults[name].dtype) for name, value in options.items()}
+    inputs = {
+        name: tf.constant([value], sampler._request_inputs.defaults[name].dtype) for name, value in options.items()
+    }
     served = loaded["sampler"].generate(tf.constant(texts, tf.string, [len(texts)]), **inputs)["text"]
     assert [text.decode() for text in served.numpy()] == sampler(texts, **options)
 
@@ -121,7 +123,7 @@ def test_any_bytes_are_answered_in_utf8(greedy, loaded, texts):
     ],
 )
 def test_absurd_values_in_a_request_are_answered(loaded, sampler, values):
-    inputs = {name: tf.constant(value, sampler._inputs.defaults[name].dtype) for name, value in values.items()}
+    inputs = {name: tf.constant(value, sampler._request_inputs.defaults[name].dtype) for name, value in values.items()}
     texts = loaded["sampler"].generate(tf.constant(PROMPTS), **inputs)["text"]
     assert texts.shape == [len(PROMPTS)]
 

@@ -272,5 +272,7 @@ def test_no_temperature_can_break_a_request(bundle):
         texts = bundle("gpt").generate(tf.constant(PROMPTS), temperature=tf.constant([value]))["text"]
         assert [text.decode() for text in texts.numpy()] == greedy
     absurd = {"temperature": [float("inf")], "top_k": [0], "top_p": [float("nan")]}
-    inputs = {name: tf.constant(value, pipeline("gpt")._inputs.defaults[name].dtype) for name, value in absurd.items()}
+    inputs = {
+        name: tf.constant(value, pipeline("gpt")._request_inputs.defaults[name].dtype) for name, value in absurd.items()
+    }
     assert bundle("gpt").generate(tf.constant(PROMPTS), **inputs)["text"].shape == [len(PROMPTS)]
