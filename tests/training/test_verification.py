@@ -175,7 +175,7 @@ def test_what_answers_texts_is_compared_by_its_answers(place, tmp_path):
 
 @pytest.mark.slow
 def test_int8_of_a_trained_model_is_small_and_hardly_worse(tmp_path):
-    """3.5 times smaller than float32, and at most 1% worse in perplexity on text that it was not trained on."""
+    """3.5 times smaller than float32, and at most 1% worse in perplexity, on a text that training had too."""
     config = PretrainConfig(
         directory=tmp_path / "run",
         source=("pydoc",),
