@@ -100,8 +100,11 @@ def test_the_vocabulary_of_bert(minilm):
     assert_twins(minilm, [text[start : start + 300].encode() for start in range(0, len(text), 300)])
 
 
-@pytest.mark.parametrize("kind", ["uncased", "cased"])
-@pytest.mark.parametrize("step", [61, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [("uncased", 61), ("cased", 61)]
+    + [pytest.param(kind, step, marks=pytest.mark.slow) for kind, step in (("uncased", 1), ("cased", 3))],
+)
 def test_every_code_point(kind, step, request):
     """Inside a word, as a word, and behind one."""
     characters = ALL_TEXT[::step] if step > 1 else ALL_TEXT
