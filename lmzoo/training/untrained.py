@@ -11,6 +11,7 @@ import keras
 
 from lmzoo.data.tokenizers import Tokenizer
 from lmzoo.models import find_preset
+from lmzoo.training.building import with_tokenizer
 
 
 def make_untrained(
@@ -42,9 +43,8 @@ def make_untrained(
     """
     model_class, config = find_preset(preset)
     tokenizer = Tokenizer.train(iter(texts), kind=model_class.usual_tokenizer(config), vocab_size=vocab_size)
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     keras.utils.set_random_seed(seed)
-    model = model_class(config.replace(vocab_size=tokenizer.vocab_size, **ids, **shape))
+    model = model_class(with_tokenizer(config.replace(**shape), tokenizer))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return Path(directory)
