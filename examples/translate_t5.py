@@ -30,11 +30,11 @@ from lmzoo.data.records import read_records
 from lmzoo.training import FinetuneConfig, finetune, make_untrained
 from lmzoo.training.metrics import text_scores
 
-VOCAB_SIZE, HELD_OUT, SPLIT_SEED = 8000, 0.02, 2026
-SHAPE = {"num_layers": 3, "num_heads": 4, "head_dim": 64, "model_dim": 256, "feedforward_dim": 1024}
-TRAINING = """--epochs 5 --batch-size 16 --packing True --optimizer muon --learning-rate 5e-3 --embedding-rate 30
+VOCAB_SIZE, HELD_OUT, SPLIT_SEED = 4000, 0.02, 2026
+SHAPE = {"num_layers": 3, "num_heads": 4, "head_dim": 32, "model_dim": 128, "feedforward_dim": 512}
+TRAINING = """--epochs 8 --batch-size 16 --packing True --optimizer muon --learning-rate 2.5e-3 --embedding-rate 60
     --dropout-rate 0 --label-smoothing 0.1 --validation-fraction 0 --num-beams 4 --dtype mixed_bfloat16 --verbose 2"""
-SMOKE = "--epochs 12 --batch-size 4 --max-length 16 --max-target-length 16 --dtype float32"
+SMOKE = "--epochs 3 --batch-size 4 --max-length 16 --max-target-length 16 --dtype float32"
 DIGITS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf", "six": "sechs"}
 PARAGRAPH = re.compile(r'<(p|h[1-6]) id="((?:par|hd)_id\w+)"[^>]*>(.*?)</\1>', re.DOTALL)
 

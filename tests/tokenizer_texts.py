@@ -52,6 +52,12 @@ TEXTS = [
 
 
 @functools.cache
+def code_points(step: int) -> list[str]:
+    """All characters of the planes in use and one of 97 of the others, of which each `step`-th."""
+    return [chr(code) for code in (*range(0x20000), *range(0x20000, 0x110000, 97)) if not 0xD800 <= code < 0xE000][::step]
+
+
+@functools.cache
 def training_text() -> str:
     """Some 120 kB of English from the Python reference."""
     from pydoc_data.topics import topics

@@ -229,8 +229,8 @@ def _scores(place: Path, write: Any) -> dict[str, Any]:
 if __name__ == "__main__":
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--minutes", type=float, default=20.0, help="how long each contender trains")
-    first.add_argument("--torch-rate", type=float, default=2e-3, help="torch's learning rate at its peak")
-    first.add_argument("--torch-embedding-rate", type=float, default=10.0, help="factor of it for the token embeddings")
+    first.add_argument("--torch-rate", type=float, default=1e-3, help="torch's learning rate at its peak")
+    first.add_argument("--torch-embedding-rate", type=float, default=60.0, help="factor of it for the token embeddings")
     chosen, rest = first.parse_known_args()
     sys.argv[1:] = rest if {"--rounds", "--worker"} & set(rest) else ["--rounds", "1", *rest]
     with tempfile.TemporaryDirectory() as scratch:

@@ -285,7 +285,7 @@ def random_merges(seed: int) -> Tokenizer:
     return byte_level(tokens, merges + generator.choices(merges, k=3), ignore_merges=seed % 4 == 0)
 
 
-@pytest.mark.parametrize("seeds", [range(3), pytest.param(range(20, 40), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seeds", [range(3), pytest.param(range(20, 28), marks=pytest.mark.slow)])
 def test_merges_in_any_order(seeds):
     in_order = set()
     for seed in seeds:

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 import tokenizers
 from exported_tokenizers import assert_export_runs_without_lmzoo
-from tokenizer_texts import TEXTS, charsmap, generated_strings, precompiled, sentencepiece_file, training_text
+from tokenizer_texts import TEXTS, charsmap, code_points, generated_strings, precompiled, sentencepiece_file, training_text
 from tokenizers import AddedToken, models
 
 from lmzoo.data.graph_lattice import Lattice
@@ -131,13 +131,13 @@ def assert_twins(tokenizer: Tokenizer, strings: list[bytes]) -> None:
 # ---- any input
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, pytest.param(3000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["t5", "albert"])
 def test_trained_tokenizers_equal_the_library(kind, count, request):
     assert_twins(request.getfixturevalue(kind), some_strings(count))
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, pytest.param(3000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_of_normalizers_and_pre_tokenizers(t5, albert, name, count):
     normalizer, pre_tokenizer = VARIANTS[name]
@@ -153,15 +153,15 @@ def test_the_map_of_sentencepiece(t5, name, tmp_path):
     normalizer, pre_tokenizer = VARIANTS[name]
     parts = [real if part["type"] == "Precompiled" else part for part in normalizer.get("normalizers", [normalizer])]
     tokenizer = variant(t5, normalizer=sequence(*parts), pre_tokenizer=pre_tokenizer)
-    assert_twins(tokenizer, some_strings(10_000))
-    characters = [*map(chr, range(0xD800)), *map(chr, range(0xE000, 0x20000))]
+    assert_twins(tokenizer, some_strings(3000))
+    characters = code_points(1)
     groups = [characters[start : start + 512] for start in range(0, len(characters), 512)]
     assert_twins(tokenizer, ["".join(f"a{c}\u0301 {c}b" for c in group).encode() for group in groups])
 
 
 @pytest.mark.parametrize(
     ("name", "step"),
-    [("t5", 211), ("composed", 211), ("replaced", 211)]
+    [("t5", 29), ("composed", 29), ("replaced", 29)]
     + [
         pytest.param(name, step, marks=pytest.mark.slow) for name, step in (("t5", 1), ("composed", 3), ("replaced", 3))
     ],
@@ -170,8 +170,7 @@ def test_every_code_point(t5, name, step):
     """Behind a letter, before a mark, and alone."""
     normalizer, pre_tokenizer = VARIANTS[name]
     tokenizer = variant(t5, normalizer=normalizer, pre_tokenizer=pre_tokenizer | {"split": True})
-    characters = [*map(chr, range(0x20, 0xD800)), *map(chr, range(0xE000, 0x110000))]
-    characters = [*characters[:0x400], *characters[::step]]
+    characters = [*code_points(1)[0x20:0x400], *code_points(step)[1:]]
     groups = [characters[start : start + 256] for start in range(0, len(characters), 256)]
     for start in range(0, len(groups), 256):
         strings = ["".join(f"A{c}\u0301 {c}A " for c in group).encode() for group in groups[start : start + 256]]
@@ -200,7 +199,7 @@ def unigram(pieces: dict[str, float], **options: bool) -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(spec)))
 
 
-@pytest.mark.parametrize("seeds", [range(3), pytest.param(range(20, 40), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seeds", [range(3), pytest.param(range(20, 28), marks=pytest.mark.slow)])
 def test_scores_of_any_kind(seeds):
     """Random pieces with scores among which many are equal, so that ties must be broken as the library does."""
     for seed in seeds:

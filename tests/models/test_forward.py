@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 TESTED = SCORING
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
-FEW, MANY = settings(max_examples=10), settings(max_examples=100)
+FEW, MANY = settings(max_examples=10), settings(max_examples=30)
 
 
 def random_ids(model, *shape, seed=0):

@@ -92,7 +92,7 @@ def test_random_configurations(direction, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(case=cases())
 def test_many_random_configurations(direction, case):
     DIRECTIONS[direction](*case)
