@@ -37,10 +37,10 @@ def attention_function(
         with recorded_attention() as layers:
             token_ids, mask = read(*columns)
         attention = tf.stack(layers, axis=1)  # [B, L, N, T, T]
-        looks, seen = mask[:, None, None, :, None], mask[:, None, None, None, :]
+        is_token = mask[:, None, None, :, None]  # Of what looks. What is looked at has a weight of 0 as padding.
         with tf.device("CPU:0"):
             tokens = tf.gather(shown, tf.where(mask, tf.minimum(token_ids, len(known)), len(known)))
-        return {"tokens": tokens, "attention": tf.where(looks & seen, attention, 0.0)}
+        return {"tokens": tokens, "attention": tf.where(is_token, attention, 0.0)}
 
     specs = [tf.TensorSpec([None], tf.string, name) for name in names]
     return tf.function(run, input_signature=specs, autograph=False)

@@ -89,7 +89,9 @@ def page(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
-    bundles = export_all(tmp_path_factory.mktemp("bundles"), attention=True)
+    directory = tmp_path_factory.mktemp("bundles")
+    bundles = export_all(directory, ("generator", "filler", "answerer"), attention=True)
+    bundles |= export_all(directory, ("translator", "classifier", "tagger", "embedder"))
     with started("demo", *bundles.values(), "--port", 0) as server:
         yield server.url
 
@@ -132,6 +134,7 @@ def test_the_page_shows_what_each_bundle_says(page, url):
     assert page.driver.find_element(By.TAG_NAME, "mark").text == answer["answer"]
 
     page.choose("embedder")
+    assert not page.find("tasks").is_displayed(), "there is one task only"
     assert "1.000" in page.run(**{"field-first": "the cat", "field-second": "the cat"})
     severe = [entry for entry in page.driver.get_log("browser") if entry["level"] == "SEVERE"]
     assert not severe
@@ -166,7 +169,7 @@ def test_attention_is_a_picture(page, url, name, texts):
         for pair, (title, _, shade), weight in zip(pairs, shown, weights.ravel(), strict=True):
             assert title.startswith(pair)
             assert float(title.removeprefix(pair).removesuffix(" %")) == pytest.approx(100 * weight, abs=0.06)
-            assert float(shade) == pytest.approx(weight / weights.max(), abs=1e-3)
+            assert float(shade) == pytest.approx((weight / weights.max()) ** 0.5, abs=1e-3)
     assert f"{100 * weights.max():.1f} %" in page.find("result").text
 
 
@@ -209,6 +212,10 @@ def test_the_page_fits_and_every_control_has_a_name(page, url, width):
     )
     page.open(url)
     page.run(**{"field-text": "x" * 400})
+    assert page.driver.execute_script("return document.documentElement.scrollWidth") <= width
+    page.choose("filler", "Attention")
+    page.run(**{"field-text": "the cat sat on the mat " * 6})
+    assert len(cells(page)) > 900
     assert page.driver.execute_script("return document.documentElement.scrollWidth") <= width
     unnamed = page.driver.execute_script(
         "return [...document.querySelectorAll('input, textarea, select, button')]"
