@@ -99,3 +99,5 @@ def test_long_texts_are_cut_as_the_model_would_and_no_answer_grows_too_large():
     model, tokenizer = tiny_encoders.task_model("embeddings"), tiny_encoders.tiny_tokenizer()
     tokens, _ = TextEmbedder(model, tokenizer, max_length=7).attention("the cat " * 20)
     assert tokens == ["[CLS]", *["the", "cat"] * 2, "the", "[SEP]"]
+    filler = MaskFiller(tiny_encoders.tiny_encoder(context_length=100), tokenizer)
+    assert filler.attention("the cat " * 50)[0] == ["[CLS]", *["the", "cat"] * (MAX_TOKENS // 2 - 1), "[SEP]"]
