@@ -49,10 +49,10 @@ class Page:
 
     def choose(self, model, task=None):
         Select(self.find("model")).select_by_visible_text(model)
+        self.wait(lambda: self.find("run").is_displayed())  # Hidden at once, until the signatures are there.
         if task:
-            buttons = self.wait(lambda: self.driver.find_elements(By.CSS_SELECTOR, "nav button"))
+            buttons = self.driver.find_elements(By.CSS_SELECTOR, "nav button")
             next(button for button in buttons if button.text == task).click()
-        self.wait(lambda: self.find("run").is_displayed())
 
     def run(self, **fields):
         """Fills in fields and options, sends the form, and gives the text of what comes: a result or an error."""
