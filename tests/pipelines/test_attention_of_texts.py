@@ -14,7 +14,7 @@ from lmzoo.pipelines.attention import MAX_TOKENS
 
 TEXTS = ["the cat sat on the mat", "", b"na\xff\x00ve \xf0\x9f\x98 [MASK]"]
 # The same graph for all that reads whole texts; a model of each kind, and a pair.
-NAMES = ("generator", "filler", *(pytest.param(name, marks=pytest.mark.slow) for name in ("translator", "answerer")))
+NAMES = ("generator", "embedder", *(pytest.param(name, marks=pytest.mark.slow) for name in ("translator", "answerer")))
 
 
 @functools.cache
@@ -23,7 +23,6 @@ def pipeline_of(name):
     return {
         "generator": lambda: TextGenerator(shared_model(), tiny_tokenizer(), 6),
         "translator": lambda: TextToText(tiny_text_to_text.tiny_t5(), tiny_text_to_text.tiny_tokenizer(), 6),
-        "filler": lambda: MaskFiller(tiny_encoders.tiny_encoder(), tokenizer),
         "answerer": lambda: QuestionAnswerer(model("answers"), tokenizer),
         "embedder": lambda: TextEmbedder(model("embeddings"), tokenizer),
     }[name]()
@@ -71,6 +70,7 @@ def test_it_is_the_attention_of_the_pass_that_the_pipeline_makes():
             np.testing.assert_allclose(weights[head], expected / expected.sum(-1, keepdims=True), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_tokens_read_as_they_stand_in_a_text():
     def tokens(name):
         pipeline = pipeline_of(name)
@@ -89,15 +89,18 @@ def test_long_texts_are_cut_as_the_model_would_and_no_answer_grows_too_large():
     assert generator.attention(text)[0] == list("x" * (MAX_TOKENS - 3) + "end")
     assert len(TextGenerator(tiny_model(context_length=20), tiny_tokenizer(), 6).attention(text)[0]) == 14
 
+    model, tokenizer = tiny_encoders.task_model("embeddings"), tiny_encoders.tiny_tokenizer()
+    tokens, _ = TextEmbedder(model, tokenizer, max_length=7).attention("the cat " * 20)
+    assert tokens == ["[CLS]", *["the", "cat"] * 2, "the", "[SEP]"]
+    filler = MaskFiller(tiny_encoders.tiny_encoder(context_length=100), tokenizer)
+    assert filler.attention("the cat " * 50)[0] == ["[CLS]", *["the", "cat"] * (MAX_TOKENS // 2 - 1), "[SEP]"]
+
+
+@pytest.mark.slow
+def test_long_texts_of_an_encoder_decoder_are_cut_before_the_end_token():
     model, tokenizer = tiny_text_to_text.tiny_t5(), tiny_text_to_text.tiny_tokenizer()
     for max_length, size in ((9, 9), (500, MAX_TOKENS)):
         translator = TextToText(model, tokenizer, 6, max_length=max_length)
         tokens, attention = translator.attention("the cat sat on the mat " * 20)
         assert (len(tokens), attention.shape[-1]) == (size, size)
         assert [tokens[0].strip()[0], tokens[-1]] == ["t", "</s>"]
-
-    model, tokenizer = tiny_encoders.task_model("embeddings"), tiny_encoders.tiny_tokenizer()
-    tokens, _ = TextEmbedder(model, tokenizer, max_length=7).attention("the cat " * 20)
-    assert tokens == ["[CLS]", *["the", "cat"] * 2, "the", "[SEP]"]
-    filler = MaskFiller(tiny_encoders.tiny_encoder(context_length=100), tokenizer)
-    assert filler.attention("the cat " * 50)[0] == ["[CLS]", *["the", "cat"] * (MAX_TOKENS // 2 - 1), "[SEP]"]
