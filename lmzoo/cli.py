@@ -282,6 +282,7 @@ def export(
     weights: Weights | None = None,
     length: int | None = None,
     text: str = "pydoc",
+    attention: bool = False,
     options: FlatSamplingOptions = _SAMPLING,
     beams: FlatBeamOptions = _BEAMS,
 ) -> None:
@@ -297,6 +298,7 @@ def export(
         weights: Format of the weights in a .tflite file; by default float32.
         length: Tokens that a .tflite file reads, or keeps in its cache; by default the model's context length.
         text: Source of text that shows the ranges of activations, for int8-full.
+        attention: Whether a SavedModel gives attention, of which `lmzoo demo` makes pictures.
         options: How tokens are chosen, if the model writes texts.
         beams: How a beam search goes, with more than one beam and temperature 0.
     """
@@ -304,15 +306,18 @@ def export(
     from lmzoo.training import export_checkpoint_tflite
 
     if directory.suffix == ".tflite":
-        if (version, max_new_tokens, prefix, options, beams) != (None, None, None, _SAMPLING, _BEAMS):
-            raise ValueError(f"{directory} has no version, and the program around it says how tokens are chosen.")
+        if (version, max_new_tokens, prefix, attention, options, beams) != (None, None, None, False, _SAMPLING, _BEAMS):
+            raise ValueError(
+                f"{directory} has neither version nor attention, and the program around it says how tokens are chosen."
+            )
         print(export_checkpoint_tflite(model, directory, weights=weights or "float32", length=length, text=text))
         return
     if weights is not None or length is not None:
         raise ValueError(f"weights and length are for files that end in .tflite, but {directory} does not.")
     pipeline_class = find_pipeline(model)
     settings = _writing_settings(model, pipeline_class, max_new_tokens, prefix, options, beams)
-    print(pipeline_class.from_pretrained(model, **settings).export(directory, version=version))
+    pipeline = pipeline_class.from_pretrained(model, **settings)
+    print(pipeline.export(directory, version=version, attention=attention))
 
 
 def verify(

@@ -56,10 +56,10 @@ def pipelines() -> dict[str, Pipeline]:
     }
 
 
-def export_all(directory: Path, names: tuple[str, ...] = ()) -> dict[str, Path]:
+def export_all(directory: Path, names: tuple[str, ...] = (), **settings: Any) -> dict[str, Path]:
     """Exports pipelines, or those with these names; gives the directory of each one's versions."""
     for name in names or pipelines():
-        pipelines()[name].export(directory / name)
+        pipelines()[name].export(directory / name, **settings)
     return {name: directory / name for name in names or pipelines()}
 
 

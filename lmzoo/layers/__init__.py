@@ -3,6 +3,7 @@
 from lmzoo.layers.attention import CrossAttention as CrossAttention
 from lmzoo.layers.attention import SelfAttention as SelfAttention
 from lmzoo.layers.attention import attention_bias as attention_bias
+from lmzoo.layers.attention import recorded_attention as recorded_attention
 from lmzoo.layers.cache import KeyValueCache as KeyValueCache
 from lmzoo.layers.embeddings import TokenEmbedding as TokenEmbedding
 from lmzoo.layers.feedforward import FeedForward as FeedForward

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -12,6 +15,8 @@ from keras import ops
 from lmzoo.layers.cache import KeyValueCache
 
 Tensor = Any
+
+_RECORD: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar("attention", default=None)
 
 
 def attention_bias(
@@ -54,6 +59,24 @@ def attention_bias(
     return ops.where(allowed, ops.zeros((), dtype), ops.full((), hidden, dtype))
 
 
+@contextlib.contextmanager
+def recorded_attention() -> Iterator[list[Tensor]]:
+    """Gives a list that gets the probabilities of each attention that runs meanwhile, in the order of running.
+
+    Shapes:
+        each [B, N, T, S] float32, before dropout: a row sums to 1 over the keys that its query may see.
+
+    It is for inference: what is recomputed in training, or runs inside of a loop, has tensors of another graph. Other
+    threads, and what runs before or after, record nothing and trace the same graph as ever.
+    """
+    record: list[Tensor] = []
+    token = _RECORD.set(record)
+    try:
+        yield record
+    finally:
+        _RECORD.reset(token)
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: keras.layers.Dropout) -> Tensor:
     """Softmax attention of scaled queries; the softmax is taken in float32.
 
@@ -63,8 +86,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropo
     scores = ops.matmul(query, ops.swapaxes(key, 2, 3))  # [B, N, T, S]
     if bias is not None:
         scores = scores + bias
-    probabilities = ops.cast(_softmax(ops.cast(scores, "float32")), value.dtype)
-    return ops.matmul(dropout(probabilities), value)  # [B, N, T, H]
+    probabilities = _softmax(ops.cast(scores, "float32"))
+    record = _RECORD.get()
+    if record is not None:
+        record.append(probabilities)
+    return ops.matmul(dropout(ops.cast(probabilities, value.dtype)), value)  # [B, N, T, H]
 
 
 def _softmax(scores: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from lmzoo.data.tokenizers import Tokenizer
 from lmzoo.models import CausalLM, Seq2SeqLM
+from lmzoo.pipelines.attention import MAX_TOKENS
 from lmzoo.pipelines.generative import GenerativePipeline, Prompts, id_specs
 from lmzoo.pipelines.guards import checked_ids, with_room
 from lmzoo.pipelines.scoring import Continuations, shifted
@@ -95,12 +96,25 @@ class TextGenerator(GenerativePipeline):
         super().__init__(model, tokenizer, max_new_tokens, stop_strings=stop_strings, seed=seed, **sampling, **options)
 
     def _prompts(self, text: Tensor, is_streamed: bool = False) -> Prompts:
-        token_ids = self._graph_tokenizer.encode(text)
-        token_ids = token_ids[:, self.max_new_tokens - self.model.config.context_length :]
+        return self._ends(text, self._max_prompt_tokens)
+
+    @property
+    def _max_prompt_tokens(self) -> int:
+        return self.model.config.context_length - self.max_new_tokens
+
+    def _ends(self, text: Tensor, size: int) -> Prompts:
+        """The last `size` tokens of each text."""
+        token_ids = self._graph_tokenizer.encode(text)[:, -size:]
         lengths = tf.maximum(tf.cast(token_ids.row_lengths(), tf.int32), 1)
         token_ids = token_ids.to_tensor(self._start_token_id)
         missing = tf.maximum(1 - tf.shape(token_ids)[1], 0)
         return Prompts(tf.pad(token_ids, [[0, 0], [0, missing]], constant_values=self._start_token_id), lengths)
+
+    def _attend(self, *texts: Tensor) -> tuple[Tensor, Tensor]:
+        (text,) = texts
+        token_ids, lengths, _ = self._ends(text, min(self._max_prompt_tokens, MAX_TOKENS))
+        self.model.features(token_ids, training=False)
+        return token_ids, tf.sequence_mask(lengths, tf.shape(token_ids)[1])
 
     def _continuations(self, text: Tensor, continuation: Tensor) -> Continuations:
         whole = self._graph_tokenizer.encode(tf.strings.join([text, continuation]))

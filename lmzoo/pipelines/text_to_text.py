@@ -12,6 +12,7 @@ from lmzoo.checkpoints import read_config
 from lmzoo.data.tokenizers import Tokenizer
 from lmzoo.models import Seq2SeqLM
 from lmzoo.models.generative import TEXT_MULTIPLE
+from lmzoo.pipelines.attention import MAX_TOKENS
 from lmzoo.pipelines.base import padded
 from lmzoo.pipelines.generative import GenerativePipeline, Prompts, id_specs, on_ids
 from lmzoo.pipelines.guards import checked_ids
@@ -138,9 +139,20 @@ class TextToText(GenerativePipeline):
         token_ids, lengths = self.model.start_tokens(tf.shape(text)[0])
         return Prompts(token_ids, lengths, source)
 
-    def _source(self, text: Tensor, multiple: int = 1) -> dict[str, Tensor]:
-        """Texts [B] as the encoder reads them, [B, T] with T a multiple of `multiple`."""
-        token_ids = self._graph_tokenizer.encode(tf.strings.join([self.prefix, text]))[:, : self.max_length - 1]
+    def _attend(self, *texts: Tensor) -> tuple[Tensor, Tensor]:
+        (text,) = texts
+        source = self._source(text, max_length=min(self.max_length, MAX_TOKENS))
+        self.model.encode(source, training=False)
+        return source["token_ids"], source["padding_mask"]
+
+    def _source(self, text: Tensor, multiple: int = 1, max_length: int | None = None) -> dict[str, Tensor]:
+        """Texts [B] as the encoder reads them, [B, T] with T a multiple of `multiple`.
+
+        Args:
+            max_length: tokens of a text; None is the pipeline's own number.
+        """
+        size = (self.max_length if max_length is None else max_length) - 1
+        token_ids = self._graph_tokenizer.encode(tf.strings.join([self.prefix, text]))[:, :size]
         end = tf.fill([tf.size(text), 1], self._source_end)
         token_ids = tf.concat([token_ids, end], axis=1)
         width = tf.maximum(-(-token_ids.bounding_shape(axis=1) // multiple), 1) * multiple

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import keras
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmzoo.layers import KeyValueCache, SelfAttention, attention_bias
+from lmzoo.layers import CrossAttention, KeyValueCache, SelfAttention, attention_bias, recorded_attention
 from lmzoo.layers.cache import write_slots
 
 BATCH, LENGTH, HEADS, WIDTH = 2, 5, 2, 8
@@ -109,6 +111,81 @@ def test_dynamic_shapes():
         inputs, mask = make_inputs(length), PADDING[:, :length]
         allowed = np.tril(np.ones((length, length), bool)) & mask[:, None]
         np.testing.assert_allclose(run(inputs, mask), reference(layer, inputs, allowed), rtol=1e-4, atol=1e-5)
+
+
+def weights_of(layer, inputs, allowed):
+    """The weights [B, N, T, S] that `reference` attends with."""
+    query, key, _ = np.split(inputs @ np.asarray(layer.qkv.kernel) + np.asarray(layer.qkv.bias), 3, axis=-1)
+    size = inputs.shape[-1] // layer.num_heads
+    weights = np.zeros((BATCH, layer.num_heads, *allowed.shape[1:]))
+    for head in range(layer.num_heads):
+        part = slice(head * size, (head + 1) * size)
+        scores = np.einsum("bth,bsh->bts", query[..., part], key[..., part]) / size**0.5
+        scores = np.where(allowed, scores, -np.inf)
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        weights[:, head] = scores / scores.sum(-1, keepdims=True)
+    return weights
+
+
+def test_recorded_attention_is_that_of_each_layer_in_their_order():
+    first, second, inputs = make_layer(0), make_layer(1), make_inputs()
+    bias = attention_bias(np.arange(LENGTH), np.arange(LENGTH), dtype="float32", causal=True, key_mask=PADDING)
+    allowed = CAUSAL & PADDING[:, None]
+
+    @tf.function(input_signature=[tf.TensorSpec((BATCH, None, WIDTH))])
+    def run(values):
+        first(values, bias)
+        with recorded_attention() as record:
+            outputs = second(first(values, bias), bias)
+        second(outputs, bias)
+        assert len(record) == 2
+        return record, outputs
+
+    record, outputs = run(inputs)
+    hidden = np.asarray(first(inputs, bias))
+    for layer, values, weights in zip((first, second), (inputs, hidden), record, strict=True):
+        np.testing.assert_allclose(weights, weights_of(layer, values, allowed), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(outputs, run(inputs)[1])
+    np.testing.assert_allclose(outputs, second(hidden, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_attention_is_recorded_in_float32_without_dropout_and_of_other_sequences_too():
+    inputs = make_inputs()
+    layer = SelfAttention(HEADS, dropout_rate=0.9, dtype="float16")
+    cross = CrossAttention(HEADS, 3)
+    cross.build((None, None, WIDTH))
+    with recorded_attention() as record:
+        layer(inputs, training=True)
+        cross(inputs, *cross.keys_and_values(make_inputs(3, seed=5)))
+    assert [(each.dtype, tuple(each.shape)) for each in record] == [
+        (tf.float32, (BATCH, HEADS, LENGTH, LENGTH)),
+        (tf.float32, (BATCH, HEADS, LENGTH, 3)),
+    ]
+    for each in record:
+        np.testing.assert_allclose(np.sum(each, -1), 1.0, atol=1e-5)
+
+
+def test_attention_is_recorded_only_where_it_is_asked_for():
+    layer, inputs = make_layer(), make_inputs()
+    specs = tf.TensorSpec((BATCH, LENGTH, WIDTH))
+
+    def operations():
+        graph = tf.function(lambda values: layer(values)).get_concrete_function(specs).graph
+        return [operation.type for operation in graph.get_operations()]
+
+    before = operations()
+    with recorded_attention() as outer, pytest.raises(KeyError):  # noqa: PT012
+        layer(inputs)
+        with recorded_attention() as inner:
+            layer(inputs)
+        layer(inputs)
+        thread = threading.Thread(target=layer, args=(inputs,))
+        thread.start()
+        thread.join()
+        raise KeyError
+    layer(inputs)
+    assert (len(outer), len(inner)) == (2, 1)
+    assert operations() == before
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():

@@ -57,5 +57,9 @@ def test_export_writes_what_the_checkpoint_is_for(checkpoints, capsys, tmp_path)
     status, lines, _ = run(capsys, "export", checkpoints / "single_label", tmp_path)
     assert (status, lines) == (0, [str(tmp_path / "1")])
     assert set(tf.saved_model.load(lines[0]).signatures) == {"serving_default", "pairs", "tokens"}
+    _, lines, _ = run(capsys, "export", checkpoints / "embeddings", tmp_path / "more", "--attention", True)
+    assert set(tf.saved_model.load(lines[0]).signatures) == {"serving_default", "tokens", "attention"}
+    status, _, error = run(capsys, "export", checkpoints / "embeddings", tmp_path / "a.tflite", "--attention", True)
+    assert (status, "has neither version nor attention" in error) == (1, True)
     status, _, error = run(capsys, "export", checkpoints / "single_label", tmp_path, "--top-k", 3)
     assert (status, "TextClassifier, which generates no tokens" in error) == (1, True)

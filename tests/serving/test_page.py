@@ -49,10 +49,10 @@ class Page:
 
     def choose(self, model, task=None):
         Select(self.find("model")).select_by_visible_text(model)
+        self.wait(lambda: self.find("run").is_displayed())  # Hidden at once, until the signatures are there.
         if task:
-            buttons = self.wait(lambda: self.driver.find_elements(By.CSS_SELECTOR, "nav button"))
+            buttons = self.driver.find_elements(By.CSS_SELECTOR, "nav button")
             next(button for button in buttons if button.text == task).click()
-        self.wait(lambda: self.find("run").is_displayed())
 
     def run(self, **fields):
         """Fills in fields and options, sends the form, and gives the text of what comes: a result or an error."""
@@ -89,7 +89,10 @@ def page(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
-    with started("demo", *export_all(tmp_path_factory.mktemp("bundles")).values(), "--port", 0) as server:
+    directory = tmp_path_factory.mktemp("bundles")
+    bundles = export_all(directory, ("generator", "filler", "answerer"), attention=True)
+    bundles |= export_all(directory, ("translator", "classifier", "tagger", "embedder"))
+    with started("demo", *bundles.values(), "--port", 0) as server:
         yield server.url
 
 
@@ -131,9 +134,43 @@ def test_the_page_shows_what_each_bundle_says(page, url):
     assert page.driver.find_element(By.TAG_NAME, "mark").text == answer["answer"]
 
     page.choose("embedder")
+    assert not page.find("tasks").is_displayed(), "there is one task only"
     assert "1.000" in page.run(**{"field-first": "the cat", "field-second": "the cat"})
     severe = [entry for entry in page.driver.get_log("browser") if entry["level"] == "SEVERE"]
     assert not severe
+
+
+def cells(page):
+    """What is said of each cell, and its shade."""
+    script = "return [...document.querySelectorAll('.cells td[title]')].map((each) => [each.title, each.ariaLabel,"
+    return page.driver.execute_script(f"{script} getComputedStyle(each).getPropertyValue('--shade')])")
+
+
+@pytest.mark.parametrize(("name", "texts"), [("generator", ["the cat"]), ("answerer", ["Who?", "Ada lives"])])
+def test_attention_is_a_picture(page, url, name, texts):
+    page.open(url)
+    page.choose(name, "Attention")
+    fields = ("text",) if len(texts) == 1 else ("question", "context")
+    page.run(**{f"field-{field}": text for field, text in zip(fields, texts, strict=True)})
+    tokens, attention = pipelines()[name].attention(*texts)
+    tokens = [token.strip() for token in tokens]
+    assert [each.text for each in page.driver.find_elements(By.CSS_SELECTOR, ".cells tbody th")] == tokens
+    assert len(page.driver.find_elements(By.CSS_SELECTOR, ".cells thead th")) == len(tokens)
+    pairs = [f"{one} → {other}: " for one in tokens for other in tokens]
+    for layer, head, weights in [
+        ("2", "mean of all", attention[1].mean(0)),
+        ("1", "2", attention[0, 1]),
+        ("1", "mean of all", attention[0].mean(0)),
+    ]:
+        Select(page.find("layer")).select_by_visible_text(layer)
+        Select(page.find("head")).select_by_visible_text(head)
+        shown = cells(page)
+        assert [title for title, _, _ in shown] == [label for _, label, _ in shown]
+        for pair, (title, _, shade), weight in zip(pairs, shown, weights.ravel(), strict=True):
+            assert title.startswith(pair)
+            assert float(title.removeprefix(pair).removesuffix(" %")) == pytest.approx(100 * weight, abs=0.06)
+            assert float(shade) == pytest.approx((weight / weights.max()) ** 0.5, abs=1e-3)
+    assert f"{100 * weights.max():.1f} %" in page.find("result").text
 
 
 def test_text_comes_piece_by_piece(page, url):
@@ -175,6 +212,10 @@ def test_the_page_fits_and_every_control_has_a_name(page, url, width):
     )
     page.open(url)
     page.run(**{"field-text": "x" * 400})
+    assert page.driver.execute_script("return document.documentElement.scrollWidth") <= width
+    page.choose("filler", "Attention")
+    page.run(**{"field-text": "the cat sat on the mat " * 6})
+    assert len(cells(page)) > 900
     assert page.driver.execute_script("return document.documentElement.scrollWidth") <= width
     unnamed = page.driver.execute_script(
         "return [...document.querySelectorAll('input, textarea, select, button')]"
