@@ -54,7 +54,8 @@ TEXTS = [
 @functools.cache
 def code_points(step: int) -> list[str]:
     """All characters of the planes in use and one of 97 of the others, of which each `step`-th."""
-    return [chr(code) for code in (*range(0x20000), *range(0x20000, 0x110000, 97)) if not 0xD800 <= code < 0xE000][::step]
+    codes = (*range(0xD800), *range(0xE000, 0x20000), *range(0x20000, 0x110000, 97))
+    return [chr(code) for code in codes[::step]]
 
 
 @functools.cache

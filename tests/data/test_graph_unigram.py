@@ -5,7 +5,15 @@ import pytest
 import tensorflow as tf
 import tokenizers
 from exported_tokenizers import assert_export_runs_without_lmzoo
-from tokenizer_texts import TEXTS, charsmap, code_points, generated_strings, precompiled, sentencepiece_file, training_text
+from tokenizer_texts import (
+    TEXTS,
+    charsmap,
+    code_points,
+    generated_strings,
+    precompiled,
+    sentencepiece_file,
+    training_text,
+)
 from tokenizers import AddedToken, models
 
 from lmzoo.data.graph_lattice import Lattice
