@@ -21,6 +21,12 @@ def run(*arguments: object, directory: Path, command: tuple[str, ...] = ("-m", "
     return subprocess.run(words, cwd=directory, capture_output=True, text=True, timeout=300, check=False)
 
 
+def run_here(*arguments: object) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert not ended.value.code
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A directory with a text, a prepared corpus and a trained run."""
@@ -45,10 +51,10 @@ def test_a_run_is_evaluated_generated_from_and_exported(workplace, monkeypatch, 
     assert generated.stdout.startswith("Sentence")
 
     monkeypatch.chdir(workplace)
-    main(["generate", "run", "Sentence", *map(str, flags)])
+    run_here("generate", "run", "Sentence", *flags)
     assert capsys.readouterr().out == generated.stdout
 
-    main(["export", "run", "served", "--max-new-tokens", "4"])
+    run_here("export", "run", "served", "--max-new-tokens", 4)
     assert Path(capsys.readouterr().out.strip(), "saved_model.pb").is_file()
 
 

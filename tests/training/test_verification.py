@@ -214,9 +214,11 @@ def test_int8_of_a_trained_model_is_small_and_hardly_worse(tmp_path):
 @pytest.mark.slow
 def test_the_command_from_beginning_to_end(place, monkeypatch):
     monkeypatch.chdir(place)
-    for weights in ("float32", "int8-full"):
-        main(["export", "checkpoint", f"{weights}.tflite", "--weights", weights, "--length", "40"])
-    main(["export", "checkpoint", "served", "--max-new-tokens", "4"])
+    exports = [[f"{weights}.tflite", "--weights", weights, "--length", "40"] for weights in ("float32", "int8-full")]
+    for arguments in (*exports, ["served", "--max-new-tokens", "4"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["export", "checkpoint", *arguments])
+        assert not ended.value.code
 
     def run(*arguments):
         command = [sys.executable, "-m", "lmzoo", *arguments]
