@@ -130,7 +130,8 @@ def keras_hub_write(dtype: str) -> dict[str, float]:
 
     @tf.function(autograph=False)
     def scores(source: Any, target: Any, place: Any) -> Any:
-        hidden = backbone(_hub_inputs(source, target))["decoder_sequence_output"][:, place]
+        inputs = {name: tf.convert_to_tensor(value) for name, value in _hub_inputs(source, target).items()}
+        hidden = backbone(inputs)["decoder_sequence_output"][:, place]
         return tf.argmax(tf.matmul(hidden, tf.cast(table, hidden.dtype), transpose_b=True), axis=-1)
 
     def write() -> None:
