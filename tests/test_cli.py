@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import run_here
 
 from lmzoo.cli import main
 
@@ -19,12 +20,6 @@ TINY = (
 def run(*arguments: object, directory: Path, command: tuple[str, ...] = ("-m", "lmzoo")) -> subprocess.CompletedProcess:
     words = [sys.executable, *command, *map(str, arguments)]
     return subprocess.run(words, cwd=directory, capture_output=True, text=True, timeout=300, check=False)
-
-
-def run_here(*arguments: object) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    assert not ended.value.code
 
 
 @pytest.fixture(scope="module")

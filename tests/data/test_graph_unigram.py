@@ -178,7 +178,7 @@ def test_every_code_point(t5, name, step):
     """Behind a letter, before a mark, and alone."""
     normalizer, pre_tokenizer = VARIANTS[name]
     tokenizer = variant(t5, normalizer=normalizer, pre_tokenizer=pre_tokenizer | {"split": True})
-    characters = [*code_points(1)[0x20:0x400], *code_points(step)[1:]]
+    characters = [character for character in (*code_points(1)[:0x420], *code_points(step)) if character >= " "]
     groups = [characters[start : start + 256] for start in range(0, len(characters), 256)]
     for start in range(0, len(groups), 256):
         strings = ["".join(f"A{c}\u0301 {c}A " for c in group).encode() for group in groups[start : start + 256]]

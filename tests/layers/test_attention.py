@@ -30,23 +30,26 @@ def make_inputs(length=LENGTH, seed=1):
     return np.random.default_rng(seed).normal(size=(BATCH, length, WIDTH)).astype("float32")
 
 
-def reference(layer, inputs, allowed, scale=None):
-    """Attention of each query to the keys that `allowed` [B, T, S] lets it see, one query and one head at a time."""
-    kernel, bias = (np.asarray(each) for each in (layer.qkv.kernel, layer.qkv.bias))
-    output_kernel, output_bias = (np.asarray(each) for each in layer.output_projection.weights)
-    batch, length, width = inputs.shape
-    size = width // layer.num_heads
+def weights_of(layer, inputs, allowed, scale=None):
+    """Weights [B, N, T, S] of the keys that `allowed` [B, T, S] lets each query see, one query and head at a time."""
+    query, key, _ = np.split(inputs @ np.asarray(layer.qkv.kernel) + np.asarray(layer.qkv.bias), 3, axis=-1)
+    size = inputs.shape[-1] // layer.num_heads
     scale = size**-0.5 if scale is None else scale
-    query, key, value = np.split(inputs @ kernel + bias, 3, axis=-1)
-    outputs = np.zeros_like(inputs)
-    for row in range(batch):
-        for head in range(layer.num_heads):
-            part = slice(head * size, (head + 1) * size)
-            for place in range(length):
-                keys = np.flatnonzero(allowed[row, place])
-                scores = key[row, keys, part] @ query[row, place, part] * scale
-                weights = np.exp(scores - scores.max())
-                outputs[row, place, part] = weights / weights.sum() @ value[row, keys, part]
+    weights = np.zeros((len(inputs), layer.num_heads, *allowed.shape[1:]))
+    for row, head, place in np.ndindex(weights.shape[:3]):
+        part, keys = slice(head * size, (head + 1) * size), np.flatnonzero(allowed[row, place])
+        scores = key[row, keys, part] @ query[row, place, part] * scale
+        scores = np.exp(scores - scores.max())
+        weights[row, head, place, keys] = scores / scores.sum()
+    return weights
+
+
+def reference(layer, inputs, allowed, scale=None):
+    """Attention of each query to the keys that `allowed` [B, T, S] lets it see."""
+    output_kernel, output_bias = (np.asarray(each) for each in layer.output_projection.weights)
+    value = np.split(inputs @ np.asarray(layer.qkv.kernel) + np.asarray(layer.qkv.bias), 3, axis=-1)[2]
+    heads = np.stack(np.split(value, layer.num_heads, axis=-1), axis=1)  # [B, N, S, H]
+    outputs = np.concatenate(list(np.moveaxis(weights_of(layer, inputs, allowed, scale) @ heads, 1, 0)), axis=-1)
     return outputs @ output_kernel + output_bias
 
 
@@ -111,20 +114,6 @@ def test_dynamic_shapes():
         inputs, mask = make_inputs(length), PADDING[:, :length]
         allowed = np.tril(np.ones((length, length), bool)) & mask[:, None]
         np.testing.assert_allclose(run(inputs, mask), reference(layer, inputs, allowed), rtol=1e-4, atol=1e-5)
-
-
-def weights_of(layer, inputs, allowed):
-    """The weights [B, N, T, S] that `reference` attends with."""
-    query, key, _ = np.split(inputs @ np.asarray(layer.qkv.kernel) + np.asarray(layer.qkv.bias), 3, axis=-1)
-    size = inputs.shape[-1] // layer.num_heads
-    weights = np.zeros((BATCH, layer.num_heads, *allowed.shape[1:]))
-    for head in range(layer.num_heads):
-        part = slice(head * size, (head + 1) * size)
-        scores = np.einsum("bth,bsh->bts", query[..., part], key[..., part]) / size**0.5
-        scores = np.where(allowed, scores, -np.inf)
-        scores = np.exp(scores - scores.max(-1, keepdims=True))
-        weights[:, head] = scores / scores.sum(-1, keepdims=True)
-    return weights
 
 
 def test_recorded_attention_is_that_of_each_layer_in_their_order():

@@ -8,8 +8,9 @@ import sys
 
 import numpy as np
 import pytest
+from command_line import run_here
 
-from lmzoo import Tokenizer, cli, evaluate, pretrain
+from lmzoo import Tokenizer, evaluate, pretrain
 from lmzoo.data.corpus import Corpus
 from lmzoo.data.corruption import SentinelFacts
 from lmzoo.data.denoising import SpanCorruption
@@ -77,9 +78,7 @@ def prepared(text, tmp_path_factory):
     directory = tmp_path_factory.mktemp("prepared")
     words = ["prepare", *map(str, sorted(text.parent.glob("*.txt"))), "--directory", str(directory), "--overwrite"]
     words += ["True", "--tokenizer", "unigram", "--vocab-size", "80", "--num-sentinels", "20", "--mode-tokens", "True"]
-    with pytest.raises(SystemExit) as ended:
-        cli.main([*words, "--validation-fraction", "0.15"])
-    assert not ended.value.code
+    run_here(*words, "--validation-fraction", 0.15)
     return directory
 
 
@@ -130,10 +129,7 @@ def test_evaluations_take_out_the_same_spans(whole, capsys):
     again = [evaluate(result.directory / "last", corpus, seq_length=16, batch_size=size, verbose=0) for size in (8, 3)]
     for each in again:
         assert (each.num_tokens, each.loss) == (scores.num_tokens, pytest.approx(scores.loss, rel=1e-5))
-    words = ["evaluate", str(result.directory), str(corpus), "--noise-density", "0.5", "--mean-span-length", "4"]
-    with pytest.raises(SystemExit) as ended:
-        cli.main(words)
-    assert not ended.value.code
+    run_here("evaluate", result.directory, corpus, "--noise-density", 0.5, "--mean-span-length", 4)
     harder = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert harder["num_tokens"] > 1.5 * scores.num_tokens
 

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import tiny_encoders
+from command_line import run_here
 from tiny_pipeline import tiny_model, tiny_tokenizer
 
 pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert, from the extra tflite")
@@ -216,19 +217,17 @@ def test_the_command_from_beginning_to_end(place, monkeypatch):
     monkeypatch.chdir(place)
     exports = [[f"{weights}.tflite", "--weights", weights, "--length", "40"] for weights in ("float32", "int8-full")]
     for arguments in (*exports, ["served", "--max-new-tokens", "4"]):
-        with pytest.raises(SystemExit) as ended:
-            main(["export", "checkpoint", *arguments])
-        assert not ended.value.code
+        run_here("export", "checkpoint", *arguments)
 
     def run(*arguments):
         command = [sys.executable, "-m", "lmzoo", *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
     same = ("--against", "checkpoint", "--length", "16", "--tokens", "48", "--json-file", "figures.json")
-    done = run("verify", "float32.tflite", "served", *same)
+    done = run("verify", "float32.tflite", "served", "checkpoint", *same)
     assert done.returncode == 0, done.stderr + done.stdout
     kinds = [result["kind"] for result in json.loads((place / "figures.json").read_text())]
-    assert kinds == ["Keras", "TFLite float32", "SavedModel"]
+    assert kinds == ["Keras", "TFLite float32", "SavedModel", "Keras"]
     done = run("verify", "int8-full.tflite", *same, "--max-difference", "0.0001")
     assert done.returncode == 1, done.stderr
     assert "outputs differ by" in done.stdout
