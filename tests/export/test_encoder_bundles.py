@@ -9,6 +9,8 @@ from tiny_encoders import TEXTS, task_model, tiny_encoder, tiny_tokenizer
 
 from lmzoo.pipelines import MaskFiller, QuestionAnswerer, TextClassifier, TextEmbedder, TokenClassifier
 
+pytestmark = pytest.mark.slow
+
 MASKED = [f"{text[:20]} [MASK] and [MASK] {text[20:]}" for text in TEXTS]
 LONG = [text * 3 for text in TEXTS]
 CASES = {

@@ -62,6 +62,7 @@ def compiled(make_model, remat):
     return gradients.experimental_get_compiler_ir(ids)(stage="optimized_hlo")
 
 
+@pytest.mark.slow
 def test_no_compiler_merges_the_second_forward_pass_with_the_first(make_model):
     """What is merged is kept. The products of a block are there twice, but for the last one, which nothing needs."""
     plain, remat = (compiled(make_model, choice) for choice in (None, "block"))

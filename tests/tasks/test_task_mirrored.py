@@ -36,6 +36,7 @@ np.savez(output, loss=history["loss"], accuracy=history["accuracy"], **values)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_devices_give_what_one_gives(tmp_path):
     here = Path(__file__).parent

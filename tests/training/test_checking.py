@@ -6,6 +6,7 @@ from lmzoo.training import check_pretraining
 TINY = {"vocab_size": 64, "context_length": 8, "num_layers": 1, "num_heads": 2, "model_dim": 16, "steps": 10}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"micro_batches": 2, "remat": "block", "dropout_rate": 0.1, "ema_momentum": 0.9}]
 )
@@ -17,7 +18,7 @@ def test_the_step_of_a_run_compiles(changes):
     assert report.flops >= 0.9 * report.model_flops
 
 
-@pytest.mark.parametrize("objective", ["mlm", "mlm+nsp"])
+@pytest.mark.parametrize("objective", ["mlm", pytest.param("mlm+nsp", marks=pytest.mark.slow)])
 def test_the_step_of_a_masked_lm_compiles_for_the_longer_rows(objective):
     fields = {**TINY, "context_length": 32, "seq_length": 8, "long_seq_length": 32, "batch_size": 16}
     report = check_pretraining(PretrainConfig(preset="bert-tiny", objective=objective, **fields), "v5e:2x2")

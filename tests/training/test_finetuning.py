@@ -306,6 +306,7 @@ def test_a_directory_belongs_to_one_run(whole_run, place):
         run(place, result.directory, dropout_rate=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_devices_give_what_one_gives(place, tmp_path):
     """In a process of its own, which has one strategy."""

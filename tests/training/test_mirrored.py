@@ -22,6 +22,7 @@ pretrain(
 """
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_devices_one_and_two_again_give_the_losses_of_one(tmp_path):
     for number in range(30):

@@ -201,6 +201,7 @@ def test_another_vocabulary_keeps_the_ids_that_it_has():
     assert plan(preset="gpt2", vocab_size=1000).shape.eos_token_id is None
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_by_how_much():
     with pytest.raises(ValueError, match=r"gpt2-xl does not fit: with 1 row of 1,024 tokens .* more than its 24 GB"):
         plan(preset="gpt2-xl", memory="24GB")
