@@ -366,6 +366,7 @@ def test_maps_are_read():
 # ---- export
 
 
+@pytest.mark.slow
 def test_export_runs_without_lmzoo(t5, tmp_path):
     normalizer, pre_tokenizer = VARIANTS["t5"]
     tokenizer = variant(t5, normalizer=normalizer, pre_tokenizer=pre_tokenizer)

@@ -234,5 +234,6 @@ def test_pages_hold_equal_parts_once(uncased):
     assert np.max(table._page_of) < 0x110000 // 256 // 4
 
 
+@pytest.mark.slow
 def test_export_runs_without_lmzoo(uncased, tmp_path):
     assert_export_runs_without_lmzoo(uncased, [*TEXTS, "a [MASK] é 中文"], tmp_path)

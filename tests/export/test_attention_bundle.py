@@ -11,6 +11,7 @@ from tiny_encoders import TEXTS, task_model, tiny_tokenizer
 from lmzoo.pipelines import TextEmbedder
 
 pytest.importorskip("tensorflow_serving.apis")
+pytestmark = pytest.mark.slow
 
 
 def check(pipeline, directory):
@@ -35,7 +36,6 @@ def test_a_process_with_tensorflow_alone_gives_the_same(tmp_path):
     check(TextEmbedder(task_model("embeddings"), tiny_tokenizer()), tmp_path / "embedder")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["generator", "translator", "answerer"])
 def test_each_kind_of_pipeline_gives_the_same_elsewhere(name, tmp_path):
     check(pipelines()[name], tmp_path / name)

@@ -33,7 +33,7 @@ def train(make_model, dtype=None, remat=None, **arguments):
         pytest.param("float32", {"jit_compile": True}, 1e-6, marks=pytest.mark.slow),
         pytest.param("float32", {"run_eagerly": True}, 1e-6, marks=pytest.mark.slow),
         ("float32", {"micro_batches": 2}, 1e-6),
-        ("float32", {"steps_per_execution": 2}, 1e-6),
+        pytest.param("float32", {"steps_per_execution": 2}, 1e-6, marks=pytest.mark.slow),
         ("mixed_bfloat16", {}, 2e-2),
     ],
 )

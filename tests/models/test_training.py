@@ -147,7 +147,7 @@ def test_a_keras_loss_and_metric_give_the_same(make_model):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)])
 def test_overfits_a_small_batch(make_model, dtype):
     model = make_model(dtype=dtype)
     model.compile(keras.optimizers.Adam(1e-2))
@@ -177,6 +177,7 @@ def test_micro_batches_change_nothing(make_model):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_xla_gives_the_same(make_model):
     ids, labels, weights = make_data(make_model())
     logs = []

@@ -183,7 +183,7 @@ TASKS = {
 
 
 @pytest.mark.parametrize(
-    "task", [task if task in ("tag", "answer") else pytest.param(task, marks=pytest.mark.slow) for task in TASKS]
+    "task", [task if task == "tag" else pytest.param(task, marks=pytest.mark.slow) for task in TASKS]
 )
 def test_every_task_learns(place, tmp_path, task):
     rows, settings = TASKS[task]

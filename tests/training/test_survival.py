@@ -231,6 +231,7 @@ def bad_data(monkeypatch):
     monkeypatch.setattr(Batches, "examples", with_noise)
 
 
+@pytest.mark.slow
 def test_a_spike_is_left_out(text, tmp_path, bad_data):
     config = settings(text, tmp_path / "a", spike_factor=1.5)
     said = []
