@@ -39,7 +39,9 @@ def test_an_encoder_gives_the_normalised_mean():
     np.testing.assert_allclose(vectors, means / np.linalg.norm(means, axis=1, keepdims=True), atol=1e-5)
 
 
-@pytest.mark.parametrize(("pooling", "normalize"), [("mean", True), pytest.param("first", False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("pooling", "normalize"), [("mean", True), pytest.param("first", False, marks=pytest.mark.slow)]
+)
 def test_a_checkpoint_says_how_vectors_are_made(tmp_path, pooling, normalize):
     model = EmbeddingModel(tiny_encoder(), pooling=pooling, normalize=normalize)
     model.save_pretrained(tmp_path)
