@@ -256,6 +256,7 @@ def test_no_text_at_all_is_told(tmp_path):
         read([tmp_path / "a.txt", tmp_path / "b.jsonl"])
 
 
+@pytest.mark.slow
 def test_python_help_is_prose_and_always_the_same():
     documents = read("pydoc")
     assert documents == read("pydoc")

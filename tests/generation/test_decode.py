@@ -575,11 +575,8 @@ def test_gpt_greedy_from_the_cache_is_the_argmax_over_the_full_forward_pass(gpt)
         assert len(row) == 15 or row[-1] == 60
 
 
-@pytest.mark.parametrize(
-    "options",
-    [pytest.param(GREEDY, marks=pytest.mark.slow), SamplingOptions(top_p=0.9, temperature=1.5)],
-    ids=["greedy", "sampled"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [GREEDY, SamplingOptions(top_p=0.9, temperature=1.5)], ids=["greedy", "sampled"])
 def test_gpt_row_gives_the_same_tokens_alone_and_anywhere_in_a_batch(gpt, options):
     seeds = [3, 1, 4, 1, 5]
     together = gpt_rows(gpt, GPT_PROMPTS, options, seeds=seeds)

@@ -420,6 +420,7 @@ def test_the_keras_file_holds_both(tmp_path):
     assert model.test_on_batch(*make_batch(), return_dict=True) == other
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_if_never_stopped(tmp_path):
     """Weights of both, optimizer, dropout and what is drawn."""
     batches = [make_batch(seed=seed) for seed in range(4)]

@@ -28,6 +28,7 @@ def run(capsys, *arguments):
     return exit_.value.code or 0, captured.out.splitlines(), captured.err
 
 
+@pytest.mark.slow
 def test_predict_prints_a_line_for_each_text(checkpoints, capsys):
     status, lines, _ = run(capsys, "predict", checkpoints / "single_label", "the cat", "漢字")
     assert status == 0

@@ -128,7 +128,8 @@ def test_the_card_tells_of_data_recipe_and_scores(whole):
     assert f"| unigram_entropy | {result.unigram_entropy:.6g} |" in card
 
 
-@pytest.mark.parametrize("moment", [pytest.param(14, marks=pytest.mark.slow), 17])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [14, 17])
 def test_a_run_stopped_in_either_phase_goes_on_as_if_never_stopped(text, whole, tmp_path, moment, monkeypatch):
     from lmzoo.training.checkpointing import CheckpointStore
 
