@@ -14,6 +14,7 @@ _LIGHT = {
     "serve": ("lmzoo.serving", 1),
     "demo": ("lmzoo.serving", 1),
 }
+_SERVERS = ("serve", "demo")
 
 
 def main() -> None:
@@ -25,6 +26,9 @@ def main() -> None:
         run()
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if name in _SERVERS:
+        # oneDNN keeps what it compiles for each new shape, 1,024 of them for each kind of operation and thread.
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     module, usage_status = _LIGHT[name]
     config = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
     try:

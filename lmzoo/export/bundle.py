@@ -107,6 +107,10 @@ An input with a default may be left out over gRPC, as newer servers fill default
 a request gives all inputs of its signature. With batching, all inputs of a request have as many rows, one value of an
 option for each text, and requests on ids must be as long as one another.
 
+On a CPU, oneDNN keeps what it compiles for each new shape of a request, so that the server's memory grows for its first
+thousands of requests. With `TF_ENABLE_ONEDNN_OPTS=0` in the environment it stays as it is, but several rows take
+longer.
+
 ## Requests
 
 Over REST. Bytes that are not UTF-8 go as `{{"b64": "..."}}`.
