@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import mmap
+import os
+import struct
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,8 +42,23 @@ def require_builtins(content: bytes) -> None:
         )
 
 
-def read_notes(content: bytes) -> dict[str, Any]:
-    """The notes that `finished` has written; empty if it has not."""
+def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The notes that `finished` has written into a file; empty if it has not.
+
+    Raises:
+        OSError, ValueError: there is no such file, or it is none of TFLite.
+    """
+    with Path(path).open("rb") as file:
+        if file.read(8)[4:] != _IDENTIFIER:
+            raise ValueError(f"{path} is no .tflite file: its bytes 4 to 7 are not {_IDENTIFIER.decode()}.")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            try:
+                return _notes(content)
+            except (struct.error, ValueError) as error:
+                raise ValueError(f"{path} is damaged or cut short: {error}.") from error
+
+
+def _notes(content: mmap.mmap) -> dict[str, Any]:
     model = _schema().Model.GetRootAs(content, 0)
     for index in range(model.MetadataLength()):
         entry = model.Metadata(index)

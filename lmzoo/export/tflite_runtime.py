@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ class TFLiteModel:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: it is no .tflite file, or a damaged one.
         ImportError: ai-edge-litert is not installed.
     """
 
@@ -39,28 +39,24 @@ class TFLiteModel:
             raise ImportError(
                 "running a .tflite file needs the package ai-edge-litert: pip install 'lmzoo[tflite]'."
             ) from None
-        content = Path(path).read_bytes()
-        self.notes = read_notes(content)
+        self.notes = read_notes(path)
         """What the exporter has written down about the model; see `export_tflite`."""
-        self._model = CompiledModel.from_file(
-            os.fspath(path),
-            options=Options(
-                hardware_accelerators=HardwareAccelerator.CPU,
-                cpu_options=CpuOptions(num_threads=num_threads or os.cpu_count() or 1),
-            ),
+        options = Options(
+            hardware_accelerators=HardwareAccelerator.CPU,
+            cpu_options=CpuOptions(num_threads=num_threads or os.cpu_count() or 1),
         )
-        names = self._model.get_signature_list()
-        self.inputs = {name: self._model.get_input_tensor_details(name) for name in names}
+        self.inputs: dict[str, dict[str, Any]] = {}
         """Name of a signature -> name of an input -> its shape and type."""
-        self.outputs = {name: self._model.get_output_tensor_details(name) for name in names}
+        self.outputs: dict[str, dict[str, Any]] = {}
         self._buffers: dict[str, Any] = {}
         self._given: dict[str, dict[str, Any]] = {}
         self._taken: dict[str, dict[str, Any]] = {}
-        for name in names:
-            self._given[name] = {each: self._buffer(name, each, details) for each, details in self.inputs[name].items()}
-            self._taken[name] = {
-                each: self._output(name, each, details) for each, details in self.outputs[name].items()
-            }
+        try:
+            self._model = CompiledModel.from_file(os.fspath(path), options=options)
+            for name in self._model.get_signature_list():
+                self._add(name)
+        except RuntimeError as error:
+            raise ValueError(f"{path} is damaged, or has operators that LiteRT has not: {error}") from error
         self.reset()
 
     def reset(self) -> None:
@@ -96,6 +92,13 @@ class TFLiteModel:
         for name in outputs.keys() & self._buffers.keys():
             self._buffers[name].write(outputs.pop(name))
         return outputs
+
+    def _add(self, signature: str) -> None:
+        """Takes memory for a signature."""
+        inputs = self.inputs[signature] = self._model.get_input_tensor_details(signature)
+        outputs = self.outputs[signature] = self._model.get_output_tensor_details(signature)
+        self._given[signature] = {name: self._buffer(signature, name, details) for name, details in inputs.items()}
+        self._taken[signature] = {name: self._output(signature, name, details) for name, details in outputs.items()}
 
     def _buffer(self, signature: str, name: str, details: Mapping[str, Any]) -> Any:
         if not name.startswith("cache_"):

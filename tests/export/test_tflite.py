@@ -128,9 +128,26 @@ def test_the_table_is_stored_once(gpt, files):
 
 
 def test_what_a_program_needs_to_know_is_in_the_file(files):
-    notes = read_notes(files["int8"].read_bytes())
+    notes = read_notes(files["int8"])
     assert notes["weights"] == "int8"
     assert (notes["model_type"], notes["vocab_size"], notes["eos_token_id"]) == ("gpt2", 300, 0)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: b"", "is no .tflite file"),
+        (lambda content: b"no model at all", "is no .tflite file"),
+        (lambda content: content[:8], "damaged or cut short"),
+        (lambda content: content[: len(content) // 2], "damaged"),
+        (lambda content: content[:-100], "damaged"),
+    ],
+)
+def test_a_damaged_file_is_named(files, tmp_path, damage, message):
+    path = tmp_path / "damaged.tflite"
+    path.write_bytes(damage(files["float32"].read_bytes()))
+    with pytest.raises(ValueError, match=rf"damaged\.tflite.*{message}"):
+        TFLiteGenerator(path)
 
 
 def test_a_text_ends_with_the_end_token(gpt, generator, monkeypatch):
