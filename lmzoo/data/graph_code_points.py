@@ -50,10 +50,8 @@ class CodePoints(tf.Module):
     def __init__(self, values: np.ndarray):
         super().__init__()
         values = np.concatenate([values, np.zeros(_PAGE, values.dtype)])  # for what is no code point
-        pages: dict[bytes, int] = {}
-        page_of = [pages.setdefault(page.tobytes(), len(pages)) for page in values.astype(np.int32).reshape(-1, _PAGE)]
-        self._values = tf.constant(np.frombuffer(b"".join(pages), np.int32))
-        self._page_of = tf.constant(np.array(page_of, np.int32) * _PAGE)
+        self._values, page_of = _in_pages(values)
+        self._page_of = page_of * _PAGE
 
     def __call__(self, code_points: tf.Tensor) -> tf.Tensor:
         """The numbers, int32 [N], of code points, int32 [N]; 0 for 0x110000."""
@@ -86,9 +84,7 @@ class CodePointTable(tf.Module):
             [counts[:, None], results - np.arange(_SIZE)[:, None] * (results > 0), kinds * ORDERS + order], axis=1
         )
         self._width = columns.shape[1]
-        pages, page_of = np.unique(columns.reshape(_SIZE // _PAGE, -1), axis=0, return_inverse=True)
-        self._columns = tf.constant(pages.reshape(-1), tf.int32)
-        self._page_of = tf.constant(page_of.reshape(-1), tf.int32)
+        self._columns, self._page_of = _in_pages(columns)
 
     def expand(self, code_points: tf.Tensor, special: tf.Tensor) -> Expanded:
         """Gives the results of code points [N]; one, isolated, for those that stand for a special token."""
@@ -107,6 +103,14 @@ class CodePointTable(tf.Module):
             tf.where(special, ISOLATED, facts // ORDERS),
             tf.where(special, 0, facts % ORDERS),
         )
+
+
+def _in_pages(values: np.ndarray) -> tuple[tf.Tensor, tf.Tensor]:
+    """Values of code points, with equal pages of 256 held once, int32 [N], and which is the page of each 256, int32."""
+    pages: dict[bytes, int] = {}
+    rows = values.astype(np.int32).reshape(len(values) // _PAGE, -1)
+    page_of = [pages.setdefault(row.tobytes(), len(pages)) for row in rows]
+    return tf.constant(np.frombuffer(b"".join(pages), np.int32)), tf.constant(page_of, tf.int32)
 
 
 def row_ids(ragged: tf.RaggedTensor) -> tf.Tensor:
@@ -133,8 +137,8 @@ def _results(
     if handle_chinese_chars:
         own_words = np.array([len(text) > 1 for text in ask(_bert_normalizer(handle_chinese_chars=True), before)])
     if strip_accents:
-        before = ask(normalizers.NFD(), before)
-    after = ask(normalizers.Lowercase(), before) if lowercase else before
+        before = _changed(normalizers.NFD(), before)
+    after = _changed(normalizers.Lowercase(), before) if lowercase else before
     counts = np.fromiter(map(len, after), np.int64, len(after))
     owner = np.repeat(np.arange(len(after)), counts)
     column = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -164,6 +168,15 @@ def ask(normalizer: normalizers.Normalizer, texts: list[str]) -> list[str]:
     return [text if stranger in text else changed for text, changed in zip(texts, answer.split(stranger), strict=True)]
 
 
+def _changed(normalizer: normalizers.Normalizer, texts: list[str]) -> list[str]:
+    """What a normalizer that leaves most alone makes of what has been made of each code point of `_TEXT`."""
+    places = np.flatnonzero(np.isin(_TEXT, code_points_of(CodePoints.changeable()))).tolist()
+    changed = texts.copy()
+    for place, text in zip(places, ask(normalizer, [texts[place] for place in places]), strict=True):
+        changed[place] = text
+    return changed
+
+
 def code_points_of(texts: list[str]) -> np.ndarray:
     """The code points of texts, one text behind the other."""
     return np.frombuffer("".join(texts).encode("utf-32-le"), np.int32)
@@ -185,7 +198,9 @@ def _kinds() -> np.ndarray:
 @functools.cache
 def _accents() -> np.ndarray:
     """The code points that strip_accents takes out."""
-    return _TEXT[[not text for text in ask(_bert_normalizer(strip_accents=True), list(map(chr, _TEXT)))]]
+    characters = CodePoints.changeable()
+    left = ask(_bert_normalizer(strip_accents=True), characters)
+    return code_points_of([c for c, text in zip(characters, left, strict=True) if not text])
 
 
 @functools.cache
