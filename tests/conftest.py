@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-gc.set_threshold(200_000, 50, 100)  # Graphs are many small objects: looking for cycles took a twelfth of the time.
 
 import hypothesis
 import pytest
@@ -21,6 +20,9 @@ hypothesis.settings.register_profile(
     "lmzoo", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("lmzoo")
+
+# Graphs are many small objects: looking for cycles among them took a twelfth of the time.
+gc.set_threshold(200_000, 50, 100)
 
 _TINY_ENCODER = {
     "vocab_size": 61,
