@@ -129,7 +129,7 @@ class TFLiteGenerator:
         print(tokenizer.decode(token_ids), end="", flush=True)
     ```
 
-    A program in another language does the same: `examples/tflite_generate.cc` is the loop in C++.
+    A program in another language does the same: `examples/tflite_generate.cc` is the loop in C++, on LiteRT's C API.
 
     Args:
         model: a file, or one that is opened already.
