@@ -85,5 +85,6 @@ def write_slots(slots: Tensor, updates: Tensor, start: Tensor, axis: int) -> Ten
     offset = ops.arange(num_slots, dtype="int32") - start
     written = ops.logical_and(offset >= 0, offset < num_updates)
     if updates.shape[axis] != 1:  # One update stretches over the slots by broadcasting; more are laid out slot by slot.
-        updates = ops.take(updates, ops.clip(offset, 0, num_updates - 1), axis=axis)
+        # No clip: to [0, 6] it would be a Relu6 of TFLite's, which has none for integers.
+        updates = ops.take(updates, ops.where(written, offset, 0), axis=axis)
     return ops.where(ops.reshape(written, (num_slots, *trailing)), updates, slots)
